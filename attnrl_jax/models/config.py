@@ -1,0 +1,249 @@
+"""Shape of a causal language model, read from and written to Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+FAMILIES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+DTYPES = ("float32", "bfloat16")
+
+
+class ModelError(ValueError):
+    """A model folder that is missing, damaged, or of a kind this program does not know."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling of rotary embeddings (`linear`, or Llama 3.1's `llama3`)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One of the Qwen2, Qwen3 and Llama families.
+
+    Attributes:
+      family: `qwen2`, `qwen3` or `llama`.
+      width: of the residual stream.
+      head_dim: of one head; need not be width / num_heads.
+      qkv_bias, o_bias, mlp_bias: which projections have biases.
+      qk_norm: RMSNorm over head_dim on queries and keys (Qwen3).
+      max_length: positions the model was trained for; longer sequences are refused by callers.
+      dtype: of the computation; parameters are float32 always.
+      block_length: queries handled at once by attention (memory is block_length x time).
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_length: int = 32768
+    dtype: str = "float32"
+    block_length: int = 512
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ModelError(f"unknown model family {self.family!r}; known: {', '.join(FAMILIES)}")
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "mlp_width", "max_length", "block_length"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"{name} must be a positive integer; got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
+
+    def with_dtype(self, dtype: str) -> ModelConfig:
+        """The same model computing in `dtype`."""
+        return replace(self, dtype=dtype)
+
+
+def read_config(folder: str | Path, dtype: str = "float32") -> ModelConfig:
+    """Reads `config.json` of a Hugging Face model folder.
+
+    Raises:
+      ModelError: no such folder or file, unreadable JSON, unknown architecture or feature.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"no model at {folder}: {path} does not exist")
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    try:
+        return replace(config_from_hf(raw), dtype=dtype)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ModelError(f"{path}: a setting has the wrong type: {error}") from error
+
+
+def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
+    """Translates a Hugging Face configuration, in the transformers 4 or 5 style.
+
+    Version 4 writes `rope_theta` and `rope_scaling` at the top level, version 5 puts both under
+    `rope_parameters`.
+
+    Raises:
+      ModelError: unknown architecture, missing key, value of the wrong type, or a feature that
+        would change the numbers and is not implemented (sliding windows, other rotary scalings,
+        other activations).
+    """
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ModelError(
+            f"unknown architecture {family!r} (model_type); known: {', '.join(FAMILIES)}"
+        )
+    required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                "intermediate_size")  # fmt: skip
+    for key in required:
+        if key not in raw:
+            raise ModelError(f"{key!r} is missing")
+        value = raw[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{key!r} must be a positive integer; got {value!r}")
+    layer_types = raw.get("layer_types") or []
+    if raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
+        raise ModelError("sliding-window attention is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"hidden_act {raw['hidden_act']!r} is not supported; only 'silu'")
+    heads = raw["num_attention_heads"]
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"rotary settings must be an object; got {rope!r}")
+    if {**raw, **rope}.get("partial_rotary_factor", 1) != 1:
+        raise ModelError("'partial_rotary_factor' other than 1 is not supported")
+    attention_bias = _flag(raw, "attention_bias")
+    return ModelConfig(
+        family=family,
+        vocab_size=raw["vocab_size"],
+        width=raw["hidden_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        mlp_width=raw["intermediate_size"],
+        rope_theta=_number({**raw, **rope}, "rope_theta", 10000.0),
+        rope_scaling=_rope_scaling(rope, raw),
+        norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        tie_embeddings=_flag(raw, "tie_word_embeddings"),
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=family != "qwen2" and attention_bias,
+        mlp_bias=family == "llama" and _flag(raw, "mlp_bias"),
+        qk_norm=family == "qwen3",
+        max_length=raw.get("max_position_embeddings", 32768),
+    )
+
+
+def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ModelError(f"{key!r} must be a number; got {value!r}")
+    return float(value)
+
+
+def _flag(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise ModelError(f"{key!r} must be true or false; got {value!r}")
+    return value
+
+
+def _rope_scaling(rope: dict[str, Any], raw: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in (None, "default"):
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", _number(rope, "factor"))
+    if kind == "llama3":
+        original = "original_max_position_embeddings"
+        if original not in rope:
+            rope = rope | {original: _number(raw, "max_position_embeddings")}
+        return RopeScaling(
+            "llama3",
+            _number(rope, "factor"),
+            _number(rope, "low_freq_factor"),
+            _number(rope, "high_freq_factor"),
+            int(_number(rope, original)),
+        )
+    raise ModelError(f"rotary scaling {kind!r} is not supported; known: default, linear, llama3")
+
+
+def config_to_hf(config: ModelConfig, end_ids: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    """Hugging Face `config.json` (transformers 5 style) of a model made here.
+
+    Args:
+      config: the model; rotary scaling is written as it was read.
+      end_ids: ids that end a response.
+      dtype: of the stored weights.
+    """
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_length,
+            }
+    raw: dict[str, Any] = {
+        "architectures": [FAMILIES[config.family]],
+        "attention_dropout": 0.0,
+        "dtype": dtype,
+        "eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids),
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "initializer_range": 0.02,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_length,
+        "model_type": config.family,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+    if config.family != "qwen2":
+        raw["attention_bias"] = config.qkv_bias
+    if config.family == "llama":
+        raw["mlp_bias"] = config.mlp_bias
+    if config.family != "llama":
+        raw |= {"sliding_window": None, "use_sliding_window": False}
+    return raw

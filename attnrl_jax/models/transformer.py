@@ -1,0 +1,286 @@
+"""Flax causal language model of the Qwen2, Qwen3 and Llama families, attention exposed.
+
+The only collection is `params`. Layers are one block scanned over a leading layer axis; what a
+layer exposes (keys and values, attention maps, step scores) is an explicit output of that scan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from attnrl_jax.branching.importance import pool_columns, query_weights
+from attnrl_jax.models.attention import (
+    StepWeights,
+    blockwise_attention,
+    cached_attention,
+    rotary_tables,
+    rotate,
+)
+from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.sharding import BATCH, constrain
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys (rotated) and values of every layer."""
+
+    keys: Float[Array, "layer batch kv_head time head_dim"]
+    values: Float[Array, "layer batch kv_head time head_dim"]
+
+
+@struct.dataclass
+class Output:
+    """Result of a forward pass; fields that were not asked for are None.
+
+    Attributes:
+      hidden: after the last norm, in the compute dtype.
+      key_values: of the given tokens.
+      attention: post-softmax maps, float32.
+      fci: forward context influence by range (max over layers and heads), no range zeroed.
+    """
+
+    hidden: Float[Array, "batch time width"]
+    key_values: KeyValues | None = None
+    attention: Float[Array, "layer batch head query key"] | None = None
+    fci: Float[Array, "batch step"] | None = None
+
+
+@struct.dataclass
+class _Context:
+    """What every layer shares."""
+
+    cos: Array
+    sin: Array
+    segment_ids: Array
+    cache_lengths: Array | None
+    steps: StepWeights | None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(variance + self.config.norm_eps)
+        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return (normed * scale).astype(self.config.dtype)
+
+
+def _dense(config: ModelConfig, features: int, use_bias: bool, name: str) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=config.dtype,
+        param_dtype=jnp.float32,
+        kernel_init=nn.initializers.normal(0.02),
+        dot_general=jax.lax.dot_general,
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    config: ModelConfig
+    keep_maps: bool
+
+    @nn.compact
+    def __call__(self, x: Array, cache: KeyValues | None, context: _Context):
+        config = self.config
+        batch, time, _ = x.shape
+
+        def heads(name: str, count: int) -> Array:
+            features = count * config.head_dim
+            y = _dense(config, features, config.qkv_bias, name)(x)
+            return y.reshape(batch, time, count, config.head_dim)
+
+        q = heads("q_proj", config.num_heads)
+        k = heads("k_proj", config.num_kv_heads)
+        v = heads("v_proj", config.num_kv_heads)
+        if config.qk_norm:
+            q = RMSNorm(config, name="q_norm")(q)
+            k = RMSNorm(config, name="k_norm")(k)
+        q = rotate(q, context.cos, context.sin)
+        k_BKTD = jnp.swapaxes(rotate(k, context.cos, context.sin), 1, 2)
+        v_BKTD = jnp.swapaxes(v, 1, 2)
+        columns, maps = None, None
+        if cache is None or context.cache_lengths is None:
+            out, columns, maps = blockwise_attention(
+                q, k_BKTD, v_BKTD, context.segment_ids, config.block_length,
+                context.steps, self.keep_maps,
+            )  # fmt: skip
+        else:
+            out = cached_attention(
+                q, k_BKTD, v_BKTD, cache.keys, cache.values, context.cache_lengths
+            )
+        out = out.reshape(batch, time, config.num_heads * config.head_dim)
+        out = _dense(config, config.width, config.o_bias, "o_proj")(out)
+        return out, KeyValues(k_BKTD, v_BKTD), columns, maps
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        gate = _dense(config, config.mlp_width, config.mlp_bias, "gate_proj")(x)
+        up = _dense(config, config.mlp_width, config.mlp_bias, "up_proj")(x)
+        return _dense(config, config.width, config.mlp_bias, "down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer; carries the residual stream and the running maximum of step importance."""
+
+    config: ModelConfig
+    keep_key_values: bool
+    keep_maps: bool
+
+    @nn.compact
+    def __call__(self, carry, cache: KeyValues | None, context: _Context):
+        x, fci = carry
+        config = self.config
+        normed = RMSNorm(config, name="input_layernorm")(x)
+        attended, key_values, columns, maps = Attention(
+            config, self.keep_maps, name="self_attn"
+        )(normed, cache, context)  # fmt: skip
+        x = x + attended
+        normed = RMSNorm(config, name="post_attention_layernorm")(x)
+        x = x + MLP(config, name="mlp")(normed)
+        x = constrain(x, BATCH, None, None)
+        if context.steps is not None:
+            by_step = pool_columns(columns, context.steps.step_ids)
+            fci = jnp.maximum(fci, by_step.max(axis=1))
+        return (x, fci), (key_values if self.keep_key_values else None, maps)
+
+
+class Transformer(nn.Module):
+    """Token ids to hidden states; `unembed` turns those into logits."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        positions: Int[Array, "batch time"],
+        segment_ids: Int[Array, "batch time"],
+        *,
+        cache: KeyValues | None = None,
+        cache_lengths: Int[Array, "batch"] | None = None,
+        step_ids: Int[Array, "batch time"] | None = None,
+        delta: int = 4,
+        keep_key_values: bool = False,
+        keep_attention: bool = False,
+    ) -> Output:
+        """One forward pass.
+
+        Args:
+          tokens: ids.
+          positions: rotary position of each token.
+          segment_ids: 0 for padding; a token sees earlier tokens of its own segment.
+          cache: keys and values of earlier tokens, of which the first `cache_lengths` count.
+            With a cache, `segment_ids` is not used: all given tokens follow the cached ones.
+          step_ids: range of each token (-1 padding); asks for `fci`.
+          delta: least distance in ranges for `fci`.
+          keep_key_values, keep_attention: ask for those outputs.
+
+        Raises:
+          ValueError: a cache without its lengths, or asked for `fci` or maps with a cache.
+        """
+        config = self.config
+        if (cache is None) != (cache_lengths is None):
+            raise ValueError("cache and cache_lengths must be given together")
+        if cache is not None and (step_ids is not None or keep_attention):
+            raise ValueError("step_ids and keep_attention need whole sequences, not a cache")
+        embed = self.param(
+            "embed_tokens",
+            lambda key: {
+                "embedding": nn.initializers.normal(0.02)(
+                    key, (config.vocab_size, config.width), jnp.float32
+                )
+            },
+        )
+        if not config.tie_embeddings:
+            # Used by `unembed`; declared here so that one `init` makes every parameter.
+            self.param(
+                "lm_head",
+                lambda key: {
+                    "kernel": nn.initializers.normal(0.02)(
+                        key, (config.width, config.vocab_size), jnp.float32
+                    )
+                },
+            )
+        x = jnp.take(embed["embedding"].astype(config.dtype), tokens, axis=0)
+        x = constrain(x, BATCH, None, None)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        steps = None
+        if step_ids is not None:
+            steps = StepWeights(step_ids, jnp.asarray(query_weights(step_ids)), delta)
+        context = _Context(cos, sin, segment_ids, cache_lengths, steps)
+        layers = nn.scan(
+            nn.remat(Block, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            out_axes=0,
+            length=config.num_layers,
+        )(config, keep_key_values, keep_attention, name="layers")
+        fci = jnp.zeros(tokens.shape, jnp.float32)
+        (x, fci), (key_values, maps) = layers((x, fci), cache, context)
+        x = RMSNorm(config, name="norm")(x)
+        return Output(x, key_values, maps, fci if steps is not None else None)
+
+
+def unembed(
+    params: Any, config: ModelConfig, hidden: Float[Array, "*batch width"]
+) -> Float[Array, "*batch vocab"]:
+    """Float32 logits of hidden states."""
+    if config.tie_embeddings:
+        kernel = params["embed_tokens"]["embedding"].T
+    else:
+        kernel = params["lm_head"]["kernel"]
+    return jnp.matmul(hidden, kernel.astype(config.dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, key: Array) -> Any:
+    """Random float32 parameters."""
+    dummy = jnp.zeros((1, 2), jnp.int32)
+    return Transformer(config).init(key, dummy, dummy, dummy + 1)["params"]
+
+
+def forward(
+    params: Any,
+    config: ModelConfig,
+    tokens: Int[Array, "batch time"],
+    lengths: Int[Array, "batch"],
+    **kwargs: Any,
+) -> Output:
+    """Forward pass of right-padded sequences, positions and masks from their lengths.
+
+    Args:
+      params: parameter pytree.
+      config: the model.
+      tokens: right-padded ids.
+      lengths: tokens of each sequence.
+      **kwargs: outputs asked for, as in `Transformer.__call__`.
+    """
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    positions = jnp.broadcast_to(index, tokens.shape)
+    segment_ids = (index < lengths[:, None]).astype(jnp.int32)
+    output = Transformer(config).apply({"params": params}, tokens, positions, segment_ids, **kwargs)
+    assert isinstance(output, Output)
+    return output

@@ -1,0 +1,102 @@
+"""Pytrees that cross modules, and the one legend of axis names.
+
+Axis names in signatures (jaxtyping) and what they count:
+
+    batch      sequences of one device batch
+    row        sequences of a whole training step, on the host
+    time       tokens of prompt and response, right padded
+    vocab      vocabulary ids
+    width      model width (residual stream)
+    layer, head, kv_head, head_dim
+    slot       decode slots of the sampler
+    step       ranges of a sequence: 0 is the prompt, 1.. the steps of the response
+    segment    pieces of a leaf's path between branch points
+    response   initial responses of one problem
+    position   branch positions of one response
+
+Tokens are aligned with themselves: entry `t` of `logprobs`, `entropy`, `version`, ... belongs to
+token `t`, that is, to the distribution which tokens `< t` gave for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+ArrayLike = Array | np.ndarray
+
+
+@struct.dataclass
+class Rollouts:
+    """Responses of a batch of problems: one row each, prompt and response in one sequence.
+
+    An initial response is its own root and its `split` is 0; a continuation shares the first
+    `split` response tokens with the initial response in row `root`. Host arrays (numpy).
+
+    Attributes:
+      tokens: prompt, then response (end token included), then padding.
+      prompt_length: tokens of the prompt.
+      length: tokens of prompt and response.
+      problem: index of the problem in its batch.
+      root: row of the initial response this row branches from (its own row for initial ones).
+      split: response tokens shared with the root.
+      ended: whether the response closed with an end token (False: cut at its budget).
+      logprobs: behaviour log-probability of each response token, nats; 0 elsewhere.
+      version: number of the parameters that sampled each response token; -1 elsewhere.
+      entropy: entropy of the distribution each response token came from, nats; 0 elsewhere.
+      step_ids: range of each token, -1 for padding.
+      fci: forward context influence by range; zeros for rows that were not scored for it.
+      reward: outcome of the whole path.
+    """
+
+    tokens: Int[ArrayLike, "row time"]
+    prompt_length: Int[ArrayLike, "row"]
+    length: Int[ArrayLike, "row"]
+    problem: Int[ArrayLike, "row"]
+    root: Int[ArrayLike, "row"]
+    split: Int[ArrayLike, "row"]
+    ended: Bool[ArrayLike, "row"]
+    logprobs: Float[ArrayLike, "row time"]
+    version: Int[ArrayLike, "row time"]
+    entropy: Float[ArrayLike, "row time"]
+    step_ids: Int[ArrayLike, "row time"]
+    fci: Float[ArrayLike, "row step"]
+    reward: Float[ArrayLike, "row"]
+
+
+@struct.dataclass
+class Scores:
+    """What one forward pass says of given tokens.
+
+    Attributes:
+      logprobs: log p(token t | tokens < t) at the sampling temperature, nats; 0 for the first
+        token and for padding.
+      entropy: entropy of the distribution token t was drawn from, nats; 0 likewise.
+      fci: forward context influence by range, before any range is zeroed.
+    """
+
+    logprobs: Float[Array, "batch time"]
+    entropy: Float[Array, "batch time"]
+    fci: Float[Array, "batch step"]
+
+
+@struct.dataclass
+class TrainRows:
+    """Rows of the policy-gradient update.
+
+    Attributes:
+      tokens: prompt and response, right padded.
+      length: tokens of prompt and response; 0 marks a padding row.
+      mask: 1 for tokens that are trained on (response tokens), else 0.
+      advantages: advantage of each token.
+      behaviour_logprobs: log-probability under the parameters that sampled the token.
+      reference_logprobs: log-probability under the reference policy (zeros when beta is 0).
+    """
+
+    tokens: Int[Array, "batch time"]
+    length: Int[Array, "batch"]
+    mask: Float[Array, "batch time"]
+    advantages: Float[Array, "batch time"]
+    behaviour_logprobs: Float[Array, "batch time"]
+    reference_logprobs: Float[Array, "batch time"]
