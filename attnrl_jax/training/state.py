@@ -1,0 +1,198 @@
+"""What training changes: parameters, optimizer state and the settings that shape them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
+from attnrl_jax.algorithms.losses import LossConfig
+from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.sampling.sampler import SamplerConfig
+from attnrl_jax.sharding import parameter_shardings
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a constant learning rate (paper: 1e-6, no warm-up).
+
+    Attributes:
+      learning_rate: after warm-up.
+      warmup_updates: updates over which the rate rises linearly from 0.
+      b1, b2, eps, weight_decay: of AdamW; decay applies to every parameter.
+      max_grad_norm: global norm above which gradients are scaled down.
+    """
+
+    learning_rate: float = 1e-6
+    warmup_updates: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        if not self.learning_rate >= 0:
+            raise ValueError(f"optimizer.learning_rate must be >= 0; got {self.learning_rate}")
+        if self.warmup_updates < 0:
+            raise ValueError(f"optimizer.warmup_updates must be >= 0; got {self.warmup_updates}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"optimizer.max_grad_norm must be > 0; got {self.max_grad_norm}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} must be in [0, 1); got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run (defaults: the paper's).
+
+    Attributes:
+      steps: training steps.
+      num_problems: nominal problems per step (B0).
+      num_responses: initial responses per problem (n).
+      prompt_budget, response_budget: tokens (P, R); longer prompts are skipped and counted.
+      temperature, top_p, top_k: of sampling.
+      schedule: `off_policy` (one round of generation per step) or `on_policy` (two rounds).
+      behaviour: whose log-probabilities of sampled tokens count, `scorer` or `sampler`.
+      judge: `full` judges prefix and continuation together, `continuation` its own text only (the
+        released program).
+      keep_unbranched: train on initial responses without a branch.
+      advantage_norm: `none`, or `problem_std` to divide by the problem's reward deviation.
+      permute_advantages: gives every problem's rows the advantages of another problem's, a
+        control which must not learn.
+      mini_batch_rows: rows per optimizer update, filled with whole problems.
+      micro_batch_tokens: padded tokens per forward and backward pass.
+      score_batch_rows: rows per scoring batch.
+      length_multiple: widths of compiled programs are multiples of it.
+      eval_every: steps between held-out evaluations; 0 only at the start and the end.
+      eval_problems: held-out problems used (0: all).
+      eval_temperature: 0 evaluates greedily.
+      checkpoint_every: steps between checkpoints.
+      seed: of everything random.
+    """
+
+    steps: int = 100
+    num_problems: int = 64
+    num_responses: int = 6
+    prompt_budget: int = 1024
+    response_budget: int = 8192
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    schedule: str = "off_policy"
+    behaviour: str = "scorer"
+    judge: str = "full"
+    keep_unbranched: bool = True
+    advantage_norm: str = "none"
+    permute_advantages: bool = False
+    mini_batch_rows: int = 192
+    micro_batch_tokens: int = 16384
+    score_batch_rows: int = 32
+    length_multiple: int = 128
+    eval_every: int = 10
+    eval_problems: int = 0
+    eval_temperature: float = 1.0
+    checkpoint_every: int = 10
+    seed: int = 0
+    branching: BranchingConfig = field(default_factory=BranchingConfig)
+    expansion: AdaptiveExpansionConfig = field(default_factory=AdaptiveExpansionConfig)
+    batch_size: BatchSizeConfig = field(default_factory=BatchSizeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self):
+        choices = {
+            "schedule": ("off_policy", "on_policy"),
+            "behaviour": ("scorer", "sampler"),
+            "judge": ("full", "continuation"),
+            "advantage_norm": ("none", "problem_std"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                )
+        for name in ("steps", "eval_every", "eval_problems", "top_k", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+        for name in ("num_problems", "num_responses", "prompt_budget", "response_budget",
+                     "mini_batch_rows", "micro_batch_tokens", "score_batch_rows",
+                     "length_multiple", "checkpoint_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        if not self.temperature > 0:
+            # At temperature 0 the policy has no log-probabilities to train.
+            raise ValueError(f"temperature must be > 0 in training; got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
+
+    @property
+    def rows_per_problem(self) -> int:
+        """Rows of a fully branched problem, n (1 + N C): the sampling budget of every method."""
+        branches = self.branching.num_positions * self.branching.num_continuations
+        return self.num_responses * (1 + branches)
+
+
+@struct.dataclass
+class TrainState:
+    """Everything an update changes.
+
+    Attributes:
+      params: float32 parameters of the policy.
+      opt_state: of optax.
+      updates: optimizer updates applied.
+      skipped: updates left out because loss or gradient was not finite.
+    """
+
+    params: Any
+    opt_state: Any
+    updates: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then AdamW."""
+    rate: Any = config.learning_rate
+    if config.warmup_updates:
+        # Starts above 0, so that the first update is one.
+        rate = optax.linear_schedule(
+            config.learning_rate / (config.warmup_updates + 1),
+            config.learning_rate,
+            config.warmup_updates,
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay),
+    )
+
+
+def init_state(params: Any, config: OptimizerConfig, mesh: Mesh | None) -> TrainState:
+    """Fresh state around given parameters, laid out on the mesh if there is one."""
+
+    def build(params):
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(params, make_optimizer(config).init(params), zero, zero)
+
+    if mesh is None:
+        return jax.jit(build)(params)
+    shardings = state_shardings(jax.eval_shape(build, params), mesh)
+    return jax.jit(build, out_shardings=shardings)(params)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Optimizer moments follow the table of the parameters; scalars are replicated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf, sharding: sharding if leaf.ndim else replicated,
+        state,
+        parameter_shardings(state, mesh),
+    )

@@ -1,0 +1,266 @@
+"""The run folder and the terminal: metrics, TensorBoard events, the curve, example trees."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.tree import Tree
+
+from attnrl_jax.branching.steps import step_bounds
+from attnrl_jax.tasks.tokenizer import Tokenizer
+from attnrl_jax.training.loop import StepReport
+
+# What the terminal shows of a step: metric, heading, format.
+COLUMNS = (
+    ("step", "step", "{:.0f}"),
+    ("held_out/accuracy", "held-out", "{:.3f}"),
+    ("train/accuracy", "train", "{:.3f}"),
+    ("rows/with_advantage", "rows with adv.", "{:.2f}"),
+    ("problems/kept", "kept", "{:.0f}"),
+    ("branching/by_importance", "by FCI", "{:.2f}"),
+    ("train/entropy", "entropy", "{:.3f}"),
+    ("update/approx_kl", "KL", "{:.4f}"),
+    ("update/clip_fraction", "clip", "{:.3f}"),
+    ("update/gradient_norm", "grad", "{:.2f}"),
+    ("train/response_length", "length", "{:.0f}"),
+    ("tokens/sampled", "tokens", "{:.0f}"),
+    ("seconds/generate", "gen s", "{:.1f}"),
+    ("seconds/score", "score s", "{:.1f}"),
+    ("seconds/update", "update s", "{:.1f}"),
+)
+
+
+class RunFolder:
+    """Files of one run.
+
+    Args:
+      folder: made if needed.
+      last_step: of the checkpoint the run continues from, -1 for a new run. Metrics of later
+        steps, written before the run was stopped, are dropped: those steps are run again.
+    """
+
+    def __init__(self, folder: Path, last_step: int = -1):
+        from tensorboardX import SummaryWriter
+
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trees").mkdir(exist_ok=True)
+        self._metrics = folder / "metrics.jsonl"
+        self.history = [m for m in read_metrics(self._metrics) if m["step"] <= last_step]
+        write_atomically(self._metrics, "".join(json.dumps(m) + "\n" for m in self.history))
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        """Appends one step's metrics to `metrics.jsonl` and TensorBoard."""
+        self.history.append(metrics)
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+        for name, value in metrics.items():
+            if name != "step":
+                self._events.add_scalar(name, value, metrics["step"])
+        self._events.flush()
+
+    def write_tree(self, step: int, tree: dict[str, Any]) -> None:
+        """Writes an example tree as JSON."""
+        write_atomically(
+            self.folder / "trees" / f"step_{step:06d}.json", json.dumps(tree, indent=1)
+        )
+
+    def plot(self) -> Path:
+        """Draws held-out and training accuracy against training steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        for name, label, style in (
+            ("train/accuracy", "training problems, initial responses", "-"),
+            ("held_out/accuracy", "held-out problems", "o--"),
+        ):
+            points = [(m["step"], m[name]) for m in self.history if name in m]
+            if points:
+                color = "0.6" if style == "-" else "black"
+                axes.plot(*zip(*points, strict=True), style, label=label, color=color)
+        axes.set_xlabel("training step")
+        axes.set_ylabel("share of responses that are right")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = self.folder / "curve.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        return path
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Metrics written so far; a last line that was cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    metrics = []
+    for line in path.read_text().splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text)
+    os.replace(staging, path)
+
+
+def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The step's most telling tree as plain data: of a problem with most branches and both right
+    and wrong leaves. None if nothing branched.
+
+    Steps carry their text, FCI and first token; leaves their reward and the value, advantage and
+    extent of every segment of their path.
+    """
+    rows = report.rows
+    index = np.arange(len(rows.root))
+    continued = rows.root != index
+    if not continued.any():
+        return None
+    problems = np.unique(rows.problem)
+    mixed = np.array([np.ptp(rows.reward[rows.problem == p]) for p in problems])
+    branches = np.array([continued[rows.problem == p].sum() for p in problems])
+    problem = int(problems[np.lexsort((branches, mixed))[-1]])
+    starts, ends = step_bounds(rows.step_ids)
+    leaves = []
+    for row in np.flatnonzero(rows.problem == problem):
+        prompt = int(rows.prompt_length[row])
+        steps = []
+        for step in range(1, int(rows.step_ids[row].max()) + 1):
+            start, end = int(starts[row, step]), int(ends[row, step])
+            steps.append(
+                {
+                    "text": tokenizer.decode(rows.tokens[row, start:end]).strip(),
+                    "start": start - prompt,
+                    "fci": float(rows.fci[row, step]) if not continued[row] else None,
+                    "version": int(rows.version[row, start]),
+                }
+            )
+        segments = [
+            {
+                "start": int(report.segments.start[row, s]),
+                "end": int(report.segments.end[row, s]),
+                "value": float(report.segments.value[row, s]),
+                "leaves": int(report.segments.num_leaves[row, s]),
+                "advantage": float(
+                    report.advantages[row, prompt + int(report.segments.start[row, s])]
+                ),
+            }
+            for s in range(report.segments.valid.shape[1])
+            if report.segments.valid[row, s]
+        ]
+        leaves.append(
+            {
+                "row": int(row),
+                "root": int(rows.root[row]),
+                "split": int(rows.split[row]),
+                "reward": float(rows.reward[row]),
+                "ended": bool(rows.ended[row]),
+                "trained": bool(report.trained[row]),
+                "steps": steps,
+                "segments": segments,
+            }
+        )
+    shown = report.problems[problem]
+    return {
+        "problem": {"id": shown.id, "text": shown.text, "answers": list(shown.answers)},
+        "step": int(report.metrics["step"]),
+        "value": float(report.segments.root_value[leaves[0]["row"]]),
+        "leaves": leaves,
+    }
+
+
+def draw_tree(tree: dict[str, Any]) -> Tree:
+    """An example tree for the terminal: one branched response, its steps' FCI, its branches."""
+    children: dict[int, list[dict[str, Any]]] = {}
+    for leaf in tree["leaves"]:
+        if leaf["root"] != leaf["row"]:
+            children.setdefault(leaf["root"], []).append(leaf)
+    roots = [leaf for leaf in tree["leaves"] if leaf["row"] in children]
+    drawn = Tree(
+        f"[bold]{_escape(tree['problem']['text'])}[/bold]\n"
+        f"gold {_escape(', '.join(tree['problem']['answers']))}, value of the problem "
+        f"{tree['value']:.2f}, {len(tree['leaves'])} leaves; one response of {len(roots)} "
+        "that branch, FCI before each step:"
+    )
+    root = max(roots, key=lambda leaf: len({c["reward"] for c in children[leaf["row"]]}))
+    for step in root["steps"]:
+        node = drawn.add(f"{step['fci']:6.3f}  {_escape(step['text'])}")
+        for child in children[root["row"]]:
+            if child["split"] == step["start"]:
+                text = " | ".join(s["text"] for s in child["steps"] if s["start"] >= child["split"])
+                advantage = child["segments"][-1]["advantage"]
+                node.add(f"{_verdict(child)} branch, advantage {advantage:+.2f}: {_escape(text)}")
+    drawn.add(f"{_verdict(root)} this response")
+    return drawn
+
+
+def _verdict(leaf: dict[str, Any]) -> str:
+    return "✓ right" if leaf["reward"] > 0 else "✗ wrong"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text[:400])
+
+
+class Terminal:
+    """Progress of a run: a bar and a table in a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int, console: Console | None = None):
+        self.console = console or Console(soft_wrap=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=steps)
+        self._printed = 0
+
+    def __enter__(self) -> Terminal:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str) -> None:
+        """Shows what the run is doing."""
+        self._progress.update(self._task, description=name)
+
+    def step(self, metrics: dict[str, float]) -> None:
+        """Prints one row of metrics."""
+        table = Table(show_header=self._printed % 20 == 0, box=None, padding=(0, 1, 0, 0))
+        cells = []
+        for name, heading, form in COLUMNS:
+            table.add_column(heading, justify="right", width=max(len(heading), 5))
+            cells.append(form.format(metrics[name]) if name in metrics else "")
+        table.add_row(*cells)
+        self.console.print(table)
+        self._printed += 1
+        self._progress.update(self._task, completed=metrics["step"])
