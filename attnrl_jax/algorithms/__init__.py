@@ -1,0 +1,1 @@
+"""What the tree is worth: adaptive filters, advantages and the policy-gradient loss."""
