@@ -1,0 +1,404 @@
+"""The model against Hugging Face transformers, and its own invariances."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnrl_jax.branching.importance import query_weights
+from attnrl_jax.models.attention import StepWeights, rotary_tables
+from attnrl_jax.models.transformer import (
+    Block,
+    KeyValues,
+    RMSNorm,
+    Transformer,
+    _Context,
+    forward,
+    init_params,
+    unembed,
+)
+
+
+def run(params, config, tokens, positions, segment_ids, **kwargs):
+    model = Transformer(config)
+    return model.apply({"params": params}, tokens, positions, segment_ids, **kwargs)
+
+
+run_jitted = jax.jit(run, static_argnums=1, static_argnames=("keep_attention", "keep_key_values"))
+
+
+@functools.cache
+def golden_outputs(model, jitted: bool):
+    """Logits and maps of the golden sequences: three right padded, then the same left padded."""
+    z = model.arrays
+    shape = z["mask_right"].shape
+    right = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    tokens = np.concatenate([z["input_ids_right"], z["input_ids_left"]])
+    positions = np.concatenate([right, z["position_ids_left"]])
+    segments = np.concatenate([z["mask_right"], z["mask_left"]])
+    apply = run_jitted if jitted else run
+    inputs = map(jnp.asarray, (tokens, positions, segments))
+    output = apply(model.params, model.config, *inputs, keep_attention=True)
+    return np.asarray(unembed(model.params, model.config, output.hidden)), output.attention
+
+
+def test_init_makes_the_parameters_of_the_checkpoint(model):
+    shapes = jax.eval_shape(partial(init_params, model.config), jax.random.key(0))
+    told = jax.tree.map(lambda x: (x.shape, x.dtype), model.params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == told
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+def test_golden_values(model, jitted):
+    """Logits, log-probabilities at two temperatures, entropy; right and left padding."""
+    z = model.arrays
+    logits, _ = golden_outputs(model, jitted)
+    time = logits.shape[1]
+    for b, n in enumerate(z["lengths"]):
+        for got in (logits[b, :n], logits[3 + b, time - n :]):
+            np.testing.assert_allclose(got, z["logits"][b, :n], atol=2e-4)
+            ids = z["input_ids_right"][b, 1:n, None]
+            for temperature, key in ((1.0, "next_logprob"), (0.6, "next_logprob_t0p6")):
+                logprobs = jax.nn.log_softmax(got / temperature)
+                taken = np.take_along_axis(np.asarray(logprobs)[:-1], ids, axis=-1)[:, 0]
+                np.testing.assert_allclose(taken, z[key][b, : n - 1], atol=1e-4)
+            logprobs = jax.nn.log_softmax(got)
+            entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+            np.testing.assert_allclose(entropy, z["entropy"][b, :n], atol=1e-4)
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+def test_golden_attention_maps(model, jitted):
+    _, maps = golden_outputs(model, jitted)
+    lengths, time = model.arrays["lengths"], maps.shape[-1]
+    expected = model.arrays["attn_seq0"]
+    n = expected.shape[-1]
+    assert maps.dtype == jnp.float32
+    np.testing.assert_allclose(maps[:, 0, :, :n, :n], expected, atol=1e-5)
+    np.testing.assert_allclose(maps[:, 3, :, time - n :, time - n :], expected, atol=1e-5)
+    for b, n in enumerate(lengths):
+        right, left = maps[:, b], maps[:, 3 + b]
+        np.testing.assert_allclose(
+            right[:, :, :n, :n], left[..., time - n :, time - n :], atol=1e-5
+        )
+        np.testing.assert_allclose(right[:, :, :n].sum(-1), 1.0, atol=1e-5)
+        assert not right[:, :, n:].any()
+        assert not left[:, :, : time - n].any()
+
+
+def test_golden_greedy_continuations(model):
+    """Argmax over one growing, right-padded buffer, padding always present."""
+    cases = model.about["greedy"]
+    steps = len(cases[0]["continuation"])
+    tokens = np.zeros((len(cases), 24), np.int32)
+    lengths = np.array([case["prompt_len"] for case in cases], np.int32)
+    for row, case in zip(tokens, cases, strict=True):
+        row[: case["prompt_len"]] = case["prompt"]
+
+    @jax.jit
+    def best(params, tokens, lengths):
+        hidden = forward(params, model.config, tokens, lengths).hidden
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+        return jnp.argmax(unembed(params, model.config, last)[:, 0], axis=-1)
+
+    for _ in range(steps):
+        tokens[np.arange(len(cases)), lengths] = best(model.params, tokens, lengths)
+        lengths += 1
+    for row, case in zip(tokens, cases, strict=True):
+        n = case["prompt_len"]
+        assert row[n : n + steps].tolist() == case["continuation"]
+
+
+@functools.cache
+def fci_cases(golden_dir):
+    with np.load(golden_dir / "fci.npz") as stored:
+        arrays = dict(stored)
+    cases = json.loads((golden_dir / "fci.json").read_text())["cases"]
+    for k, case in enumerate(cases):
+        ranges = arrays[f"c{k}_ranges"]
+        case |= {
+            "ids": arrays[f"c{k}_ids"],
+            "step_ids": np.repeat(np.arange(len(ranges)), ranges[:, 1] - ranges[:, 0]),
+            "fci": [arrays[f"c{k}_v{v}_fci"] for v in range(len(case["variants"]))],
+        }
+    return cases
+
+
+def influence(params, config, tokens, lengths, step_ids, delta):
+    return forward(params, config, tokens, lengths, step_ids=step_ids, delta=delta).fci
+
+
+influence_jitted = jax.jit(influence, static_argnums=(1, 5))
+
+
+def padded(cases, time: int):
+    tokens, step_ids = np.zeros((2, len(cases), time), np.int32) + np.array([0, -1])[:, None, None]
+    for b, case in enumerate(cases):
+        tokens[b, : len(case["ids"])] = case["ids"]
+        step_ids[b, : len(case["ids"])] = case["step_ids"]
+    lengths = np.array([len(case["ids"]) for case in cases], np.int32)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths), jnp.asarray(step_ids, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "time", "jitted", "block"),
+    [
+        ("qwen2_tied", 304, True, 512),
+        ("qwen2_tied", 304, True, 37),
+        ("qwen2_tied", 304, False, 37),
+        ("qwen2_untied", 208, True, 37),
+        ("qwen2_untied", 208, False, 512),
+    ],
+)
+def test_golden_influence(golden_dir, golden_model, name, time, jitted, block):
+    """All cases of a model as one padded batch, so that padding is put to the test as well."""
+    cases = [case for case in fci_cases(golden_dir) if case["model"] == name]
+    model = golden_model(name)
+    config = replace(model.config, block_length=block)
+    apply = influence_jitted if jitted else influence
+    batch = padded(cases, time)
+    by_delta = {
+        delta: np.asarray(apply(model.params, config, *batch, delta))
+        for delta in sorted({v["delta"] for case in cases for v in case["variants"]})
+    }
+    checked = 0
+    for b, case in enumerate(cases):
+        assert len(case["variants"]) == 5
+        for variant, expected in zip(case["variants"], case["fci"], strict=True):
+            got = by_delta[variant["delta"]][b].copy()
+            assert not got[case["S"] :].any()
+            got[0] = 0
+            if variant["zero_first"]:
+                got[1] = 0
+                if variant["stop_think_step"] > 0:
+                    got[variant["stop_think_step"] :] = 0
+            np.testing.assert_allclose(got[: len(expected)], expected, atol=2e-5)
+            checked += expected.max() > 0
+    assert checked > 2 * len(cases)
+
+
+def test_padding_changes_no_influence(golden_dir, golden_model):
+    cases, model = fci_cases(golden_dir), golden_model("qwen2_tied")
+    config = replace(model.config, block_length=37)
+    alone = influence_jitted(model.params, config, *padded(cases[7:8], len(cases[7]["ids"])), 4)
+    batch = influence_jitted(model.params, config, *padded(cases[7:8], 128), 4)
+    np.testing.assert_allclose(alone[0], batch[0, : alone.shape[1]], atol=1e-6)
+    assert alone.max() > 0.01
+
+
+def packed_inputs(time: int = 24, vocab: int = 256):
+    """Two rows: three packed sequences with padding behind, and one whole sequence."""
+    tokens = np.random.default_rng(0).integers(1, vocab, (2, time)).astype(np.int32)
+    parts = [(0, 9, 1), (9, 15, 2), (15, 22, 3)]
+    positions = np.broadcast_to(np.arange(time, dtype=np.int32), (2, time)).copy()
+    segments = np.ones((2, time), np.int32)
+    segments[0, 22:] = 0
+    for start, end, segment in parts:
+        segments[0, start:end] = segment
+        positions[0, start:end] = np.arange(end - start)
+    return tokens, positions, segments, parts
+
+
+def test_packed_sequences_equal_separate_ones(model):
+    tokens, positions, segments, parts = packed_inputs()
+    apply = jax.jit(run, static_argnums=1)
+    hidden = apply(model.params, model.config, tokens, positions, segments).hidden
+    alone = np.zeros((3, 24), np.int32)
+    for row, (start, end, _) in zip(alone, parts, strict=True):
+        row[: end - start] = tokens[0, start:end]
+    lengths = jnp.asarray([end - start for start, end, _ in parts])
+    separate = jax.jit(forward, static_argnums=1)(model.params, model.config, alone, lengths).hidden
+    for b, (start, end, _) in enumerate(parts):
+        np.testing.assert_allclose(hidden[0, start:end], separate[b, : end - start], atol=2e-5)
+
+
+def test_scanned_equals_unrolled(golden_model):
+    model = golden_model("qwen3")
+    config = replace(model.config, block_length=7)
+    tokens, positions, segments = map(jnp.asarray, packed_inputs()[:3])
+    step_ids = jnp.asarray(np.repeat(np.arange(8), 3)[None].repeat(2, 0))
+    asked = dict(step_ids=step_ids, keep_attention=True, keep_key_values=True)
+
+    @jax.jit
+    def unrolled(params):
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, None)
+        steps = StepWeights(step_ids, query_weights(step_ids), 4)
+        context = _Context(cos, sin, segments, None, steps)
+        x = params["embed_tokens"]["embedding"][tokens]
+        carry, outputs = (x, jnp.zeros(tokens.shape)), []
+        for i in range(config.num_layers):
+            one = jax.tree.map(lambda p, i=i: p[i], params["layers"])
+            carry, out = Block(config, True, True).apply({"params": one}, carry, None, context)
+            outputs.append(out)
+        hidden = RMSNorm(config).apply({"params": params["norm"]}, carry[0])
+        key_values, maps = jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+        return hidden, key_values, maps, carry[1]
+
+    scanned = jax.jit(lambda p: run(p, config, tokens, positions, segments, **asked))(model.params)
+    expected = unrolled(model.params)
+    got = (scanned.hidden, scanned.key_values, scanned.attention, scanned.fci)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert scanned.fci.max() > 0
+
+
+def test_causality_by_gradient(model):
+    """d hidden[t] / d embedding of token t' is zero for t' > t and for nothing else."""
+    config = replace(model.config, block_length=5)
+    time = 12
+    tokens = jnp.arange(time)[None]  # each token once, so that its embedding is its own input
+    mix = jax.random.normal(jax.random.key(0), (config.width,))
+
+    @jax.jit
+    def influences(params):
+        def readout(embedding):
+            full = params | {"embed_tokens": {"embedding": embedding}}
+            return forward(full, config, tokens, jnp.array([time])).hidden[0] @ mix
+
+        rows = jax.jacrev(readout)(params["embed_tokens"]["embedding"])
+        return jnp.abs(rows[:, :time]).max(axis=-1)
+
+    got = np.asarray(influences(model.params))
+    assert not np.triu(got, 1).any()
+    assert (got[np.tril_indices(time)] > 0).all()
+
+
+def test_blocks_equal_one_block_with_gradients(golden_model):
+    model = golden_model("qwen3")
+    tokens, positions, segments, _ = packed_inputs()
+    step_ids = jnp.asarray(np.repeat(np.arange(8), 3)[None].repeat(2, 0))
+
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(params, block):
+        config = replace(model.config, block_length=block)
+        out = run(params, config, tokens, positions, segments, step_ids=step_ids, delta=1)
+        logits = unembed(params, config, out.hidden)
+        logprobs = jax.nn.log_softmax(logits)[:, :-1]
+        taken = jnp.take_along_axis(logprobs, jnp.asarray(tokens)[:, 1:, None], axis=-1)
+        return jnp.mean(taken) + jnp.mean(out.fci), (logits, out.fci)
+
+    whole, blocks = loss(model.params, 64), loss(model.params, 7)
+    for a, b in zip(jax.tree.leaves(whole[0]), jax.tree.leaves(blocks[0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(whole[1]), jax.tree.leaves(blocks[1]), strict=True):
+        assert np.isfinite(a).all()
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_cache_equals_full_forward(model):
+    """A cache filled to another length in each row, garbage behind; one and three new tokens."""
+    tokens = np.random.default_rng(0).integers(1, 256, (2, 14)).astype(np.int32)
+    filled, space = np.array([9, 5], np.int32), 16
+    full = jax.jit(
+        lambda p: forward(p, model.config, tokens, jnp.array([14, 14]), keep_key_values=True)
+    )(model.params)
+    garbage = jnp.pad(full.key_values.keys, [(0, 0)] * 3 + [(0, space - 14), (0, 0)]) * 0 + 50.0
+    used = (np.arange(space) < filled[:, None])[None, :, None, :, None]
+
+    def cached(x):
+        return jnp.where(used, jnp.pad(x, [(0, 0)] * 3 + [(0, space - 14), (0, 0)]), garbage)
+
+    cache = jax.tree.map(cached, full.key_values)
+    assert isinstance(cache, KeyValues)
+
+    @jax.jit
+    def decode(params, cache, tokens, positions):
+        return run(params, model.config, tokens, positions, jnp.ones_like(positions), cache=cache,
+                   cache_lengths=jnp.asarray(filled), keep_key_values=True)  # fmt: skip
+
+    for new in (1, 3):
+        positions = filled[:, None] + np.arange(new, dtype=np.int32)[None]
+        out = decode(model.params, cache, np.take_along_axis(tokens, positions, 1), positions)
+        for b, n in enumerate(filled):
+            np.testing.assert_allclose(out.hidden[b], full.hidden[b, n : n + new], atol=2e-5)
+            np.testing.assert_allclose(
+                out.key_values.keys[:, b], full.key_values.keys[:, b, :, n : n + new], atol=1e-5
+            )
+
+
+def test_cache_needs_lengths_and_whole_sequences_for_influence(golden_model):
+    model = golden_model("llama")
+    one = jnp.ones((1, 1), jnp.int32)
+    config = model.config
+    empty = jnp.zeros((config.num_layers, 1, config.num_kv_heads, 4, config.head_dim))
+    cache = KeyValues(empty, empty)
+    with pytest.raises(ValueError, match="cache_lengths"):
+        run(model.params, config, one, one, one, cache=cache)
+    with pytest.raises(ValueError, match="step_ids"):
+        run(model.params, config, one, one, one, cache=cache, cache_lengths=one[0], step_ids=one)
+
+
+def test_bfloat16_is_close(model):
+    z = model.arrays
+    config = replace(model.config, block_length=7).with_dtype("bfloat16")
+
+    @jax.jit
+    def compute(params):
+        output = forward(params, config, z["input_ids_right"], z["lengths"], keep_attention=True)
+        return output, unembed(params, config, output.hidden)
+
+    output, logits = compute(model.params)
+    assert (output.hidden.dtype, output.attention.dtype) == (jnp.bfloat16, jnp.float32)
+    assert logits.dtype == jnp.float32
+    real = z["mask_right"].astype(bool)
+    exact, got = jax.nn.log_softmax(z["logits"][real]), jax.nn.log_softmax(logits[real])
+    divergence = jnp.sum(jnp.exp(exact) * (exact - got), axis=-1)
+    assert 0 < divergence.mean() < 2e-3
+    assert jnp.abs(exact - got).max() < 0.3
+    n = z["lengths"][0]
+    np.testing.assert_allclose(output.attention[:, 0, :, :n, :n], z["attn_seq0"], atol=0.05)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory_is_linear_in_time(golden_model, gradient):
+    """No buffer of time x time, and temporaries at most double, whatever the number of steps.
+
+    The number of steps is data: the program that is measured is the one for one token a step.
+    """
+    model = golden_model("qwen3")
+    config = replace(model.config, block_length=128)
+
+    def compute(params, tokens, step_ids):
+        out = forward(params, config, tokens, jnp.array([tokens.shape[1]]), step_ids=step_ids)
+        return jnp.sum(out.hidden), out.fci
+
+    program = jax.grad(compute, has_aux=True) if gradient else compute
+    sizes = []
+    for time in (4096,) if gradient else (1024, 2048, 4096):
+        tokens = jax.ShapeDtypeStruct((1, time), jnp.int32)
+        compiled = jax.jit(program).lower(model.params, tokens, tokens).compile()
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        text = str(jax.make_jaxpr(program)(model.params, tokens, tokens)) + compiled.as_text()
+        shapes = re.findall(r"\[([\d,]+)\]", text)
+        largest = max(np.prod([int(n) for n in s.strip(",").split(",")]) for s in shapes)
+        # The attention of one block, all heads, is the largest thing there is.
+        assert largest == config.num_heads * config.block_length * time
+        assert time < 4096 or largest < time * time
+    assert sizes[0] > 0
+    for small, large in itertools.pairwise(sizes):
+        assert large <= 2.2 * small, sizes
+
+
+def test_every_token_its_own_step(golden_model):
+    """Many short blocks and as many steps as tokens, against the map itself."""
+    model = golden_model("qwen3")
+    tokens = np.random.default_rng(0).integers(1, 256, (1, 96)).astype(np.int32)
+    step_ids, lengths, delta = jnp.arange(96)[None], jnp.array([96]), 4
+    config = replace(model.config, block_length=16)
+    got = influence_jitted(model.params, config, tokens, lengths, step_ids, delta)
+    whole = jax.jit(partial(forward, keep_attention=True), static_argnums=1)
+    maps = np.asarray(whole(model.params, model.config, tokens, lengths).attention)[:, 0]
+    expected = np.tril(maps, -delta).sum(axis=2).max(axis=(0, 1))
+    np.testing.assert_allclose(got[0], expected, atol=1e-5)
