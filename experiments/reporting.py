@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.tree import Tree
 
 from attnrl_jax.branching.steps import step_bounds
@@ -22,18 +21,14 @@ COLUMNS = (
     ("step", "step", "{:.0f}"),
     ("held_out/accuracy", "held-out", "{:.3f}"),
     ("train/accuracy", "train", "{:.3f}"),
-    ("rows/with_advantage", "rows with adv.", "{:.2f}"),
+    ("rows/with_advantage", "rows adv", "{:.2f}"),
     ("problems/kept", "kept", "{:.0f}"),
     ("branching/by_importance", "by FCI", "{:.2f}"),
     ("train/entropy", "entropy", "{:.3f}"),
     ("update/approx_kl", "KL", "{:.4f}"),
-    ("update/clip_fraction", "clip", "{:.3f}"),
-    ("update/gradient_norm", "grad", "{:.2f}"),
     ("train/response_length", "length", "{:.0f}"),
     ("tokens/sampled", "tokens", "{:.0f}"),
-    ("seconds/generate", "gen s", "{:.1f}"),
-    ("seconds/score", "score s", "{:.1f}"),
-    ("seconds/update", "update s", "{:.1f}"),
+    ("seconds/step", "seconds", "{:.1f}"),
 )
 
 
@@ -225,10 +220,10 @@ def _escape(text: str) -> str:
 
 
 class Terminal:
-    """Progress of a run: a bar and a table in a terminal, plain lines elsewhere."""
+    """Progress of a run: a table of metrics, and in a terminal a bar below it."""
 
     def __init__(self, steps: int, console: Console | None = None):
-        self.console = console or Console(soft_wrap=False)
+        self.console = console or Console(soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -255,12 +250,9 @@ class Terminal:
 
     def step(self, metrics: dict[str, float]) -> None:
         """Prints one row of metrics."""
-        table = Table(show_header=self._printed % 20 == 0, box=None, padding=(0, 1, 0, 0))
-        cells = []
-        for name, heading, form in COLUMNS:
-            table.add_column(heading, justify="right", width=max(len(heading), 5))
-            cells.append(form.format(metrics[name]) if name in metrics else "")
-        table.add_row(*cells)
-        self.console.print(table)
+        if self._printed % 20 == 0:
+            self.console.print(" ".join(f"{heading:>8}" for _, heading, _ in COLUMNS), style="bold")
+        cells = (form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS)
+        self.console.print(" ".join(f"{cell:>8}" for cell in cells), highlight=False)
         self._printed += 1
         self._progress.update(self._task, completed=metrics["step"])

@@ -11,14 +11,13 @@ makes. The same `--workdir` continues a run that was stopped.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from attnrl_jax.models.config import ModelError
@@ -169,6 +168,8 @@ def result_line(history: list[dict[str, float]]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    # Orbax reports every file it closes at INFO.
+    logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
     try:
         settings = build(config)
@@ -189,5 +190,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("absl").setLevel(logging.WARNING)
     app.run(main)

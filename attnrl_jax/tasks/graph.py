@@ -68,8 +68,8 @@ class GraphTaskConfig:
     max_operations: int = 12
     operators: str = "+-"
     chain: float = 0.5
-    hasty_min: float = 0.05
-    hasty_max: float = 0.4
+    hasty_min: float = 0.0
+    hasty_max: float = 0.45
     hasty_right: float = 0.6
 
     def __post_init__(self) -> None:

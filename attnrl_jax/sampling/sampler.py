@@ -1,0 +1,345 @@
+"""Requests in, responses out: shared prefills and continuous refill of the decode slots."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.models.transformer import KeyValues
+from attnrl_jax.sampling.cache import bucket_length
+from attnrl_jax.sampling.engine import (
+    Admissions,
+    DecodeState,
+    cast_params,
+    empty_state,
+    generate,
+    insert,
+    prefill,
+)
+from attnrl_jax.sampling.requests import Request, check_requests, request_key
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Shapes and rhythm of the sampler.
+
+    Attributes:
+      slots: responses decoded at a time (rounded up to a multiple of the devices they lie on).
+      chunk: most tokens per slot between two looks of the host.
+      prefill_rows: prefixes prefilled at once.
+      refill: share of the slots that must be free before the host refills them.
+      length_bucket: cache and prefix lengths are rounded up to multiples of this.
+      attend_bucket: attention reads the cache up to a multiple of this that holds the longest
+        running sequence; 0 always reads all of it and compiles one program less per multiple.
+      cache_length: tokens of prefix and response a slot can hold; None takes the longest request
+        of each call, rounded up.
+    """
+
+    slots: int = 64
+    chunk: int = 64
+    prefill_rows: int = 16
+    refill: float = 0.1
+    length_bucket: int = 64
+    attend_bucket: int = 0
+    cache_length: int | None = None
+
+    def __post_init__(self):
+        for name in ("slots", "chunk", "prefill_rows", "length_bucket"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampler.{name} must be at least 1; got {getattr(self, name)}")
+        if not 0.0 < self.refill <= 1.0:
+            raise ValueError(f"sampler.refill must be in (0, 1]; got {self.refill}")
+        if self.attend_bucket < 0:
+            raise ValueError(f"sampler.attend_bucket must not be negative: {self.attend_bucket}")
+        if self.cache_length is not None and self.cache_length < 2:
+            raise ValueError(f"sampler.cache_length must be at least 2; got {self.cache_length}")
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sample.
+
+    Attributes:
+      tokens: ids after the prefix, the end token included; int32.
+      logprobs: behaviour log-probability of each, nats, full softmax at the request's
+        temperature (temperature 1 for greedy); float32.
+      ended: whether it closed with an end token (False: cut at its budget).
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    ended: bool
+
+
+@dataclass
+class SampleStats:
+    """What a call cost.
+
+    Attributes:
+      prefills: distinct prefixes that were prefilled.
+      prefill_tokens: their tokens.
+      decode_steps: steps of the decode loop.
+      slot_steps: tokens those steps had room for.
+      useful_tokens: tokens of the responses.
+      dispatches: calls of the decode loop.
+      cache_length: of each slot.
+      prefill_shapes: rows and length of the prefills, each of which is compiled once.
+    """
+
+    prefills: int = 0
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    slot_steps: int = 0
+    useful_tokens: int = 0
+    dispatches: int = 0
+    cache_length: int = 0
+    prefill_shapes: set[tuple[int, int]] = field(default_factory=set)
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One response still to be decoded."""
+
+    request: int
+    index: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Samples whose prefixes are cuts of one prefix, prefilled once."""
+
+    prefix: np.ndarray
+    samples: list[_Sample]
+
+
+@dataclass
+class _Block:
+    """Groups prefilled together; dropped when the last of their samples has its slot."""
+
+    key_values: KeyValues
+    tokens: np.ndarray
+    waiting: deque[tuple[int, _Sample]]  # row, sample
+
+
+def sample(
+    params: Any,
+    model: ModelConfig,
+    requests: Sequence[Request],
+    end_ids: Sequence[int],
+    config: SamplerConfig,
+    progress: Progress | None = None,
+) -> tuple[list[list[Response]], SampleStats]:
+    """Samples every request, on the mesh that is set, or on one device.
+
+    A prefix is prefilled once and forked into all its samples, and so is every prefix that
+    another one begins with (branches of one response at several offsets). When slots come free
+    the next samples take them. Results depend on neither: the noise of a token is a function of
+    request seed, sample index and position.
+
+    Args:
+      params: parameters; cast once to the model's dtype.
+      model: the model; its `max_length` bounds prefix plus budget.
+      requests: what to sample.
+      end_ids: tokens that close a response.
+      config: shapes and rhythm; no result depends on it.
+      progress: called with (responses finished, responses in all).
+
+    Returns:
+      for each request its responses, in order; and what the call cost.
+
+    Raises:
+      ValueError: a request that cannot be sampled (its index is named), or an end token outside
+        the vocabulary.
+    """
+    check_requests(requests, end_ids, model, config.cache_length)
+    responses = [[_EMPTY] * request.num_samples for request in requests]
+    groups = _share_prefixes(requests)
+    total = sum(len(group.samples) for group in groups)
+    stats = SampleStats()
+    if total == 0:
+        return responses, stats
+
+    longest = max(len(r.prefix) + r.budget for r in requests if r.budget and r.num_samples)
+    length = bucket_length(config.cache_length or longest, config.length_bucket)
+    devices = _batch_devices()
+    slots = bucket_length(config.slots, devices)
+    refill_rows = max(1, int(config.refill * slots))
+    prefill_rows = bucket_length(config.prefill_rows, devices)
+    stats.cache_length = length
+    if model.dtype != "float32":
+        params = cast_params(params, model.dtype)
+
+    ends = np.asarray(end_ids, np.int32)
+    truncated = any(r.top_p < 1.0 or r.top_k > 0 for r in requests)
+    blocks = _prefilled(params, model, groups, prefill_rows, config.length_bucket, stats)
+    state = empty_state(model, slots, length)
+    running: list[_Sample | None] = [None] * slots
+    lengths = np.zeros(slots, np.int64)
+    block = next(blocks)
+    waiting, finished = total, 0
+    while finished < total:
+        free = [slot for slot, running_sample in enumerate(running) if running_sample is None]
+        while free and waiting:
+            if not block.waiting:
+                block = next(blocks)
+            taken = min(len(free), refill_rows, len(block.waiting))
+            places = [(free.pop(0), *block.waiting.popleft()) for _ in range(taken)]
+            admissions = _admissions(places, requests, refill_rows, slots)
+            state = insert(state, block.key_values, block.tokens, admissions)
+            for slot, _, entered in places:
+                running[slot] = entered
+                lengths[slot] = len(requests[entered.request].prefix)
+            waiting -= taken
+        active = [slot for slot, running_sample in enumerate(running) if running_sample]
+        attend = None
+        if config.attend_bucket:
+            attend = min(length, bucket_length(int(lengths[active].max()), config.attend_bucket))
+        state, steps = generate(
+            params,
+            model,
+            state,
+            ends,
+            np.int32(config.chunk),
+            np.int32(min(refill_rows, waiting) if waiting else slots + 1),
+            truncated,
+            attend,
+        )
+        still_active, lengths, steps = jax.device_get((state.active, state.length, steps))
+        lengths = np.array(lengths)
+        stats.dispatches += 1
+        stats.decode_steps += int(steps)
+        stats.slot_steps += int(steps) * slots
+        done = [slot for slot in active if not still_active[slot]]
+        if done:
+            _collect(state, lengths, done, running, requests, responses, stats)
+            finished += len(done)
+            if progress is not None:
+                progress(finished, total)
+    return responses, stats
+
+
+_EMPTY = Response(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
+
+
+def _share_prefixes(requests: Sequence[Request]) -> list[_Group]:
+    """Least set of prefixes such that every request's prefix is a cut of one.
+
+    In lexicographic order all prefixes that begin with `a` follow `a` directly, so that a prefix
+    is a cut of some other exactly if it is a cut of its successor.
+
+    Longest budgets come first, so that few long responses are left when the slots drain.
+    """
+    work = [i for i, request in enumerate(requests) if request.num_samples and request.budget]
+    # Big-endian bytes sort as the numbers do.
+    keys = {i: np.asarray(requests[i].prefix).astype(">u4").tobytes() for i in work}
+    groups: list[list[int]] = []
+    successor = b""
+    for i in sorted(work, key=lambda i: keys[i], reverse=True):
+        if successor.startswith(keys[i]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+        successor = keys[i]
+
+    def order(members: list[int]) -> tuple[int, int]:
+        return -max(requests[i].budget for i in members), min(members)
+
+    shared = []
+    for members in sorted(groups, key=order):
+        longest = np.asarray(requests[members[0]].prefix, np.int32)
+        members = sorted(members, key=lambda i: (-requests[i].budget, i))
+        samples = [_Sample(i, k) for i in members for k in range(requests[i].num_samples)]
+        shared.append(_Group(longest, samples))
+    return shared
+
+
+def _prefilled(
+    params: Any,
+    model: ModelConfig,
+    groups: list[_Group],
+    rows: int,
+    length_bucket: int,
+    stats: SampleStats,
+) -> Iterator[_Block]:
+    """Prefills the groups, `rows` at a time, when their samples are about to be inserted."""
+    for first in range(0, len(groups), rows):
+        batch = groups[first : first + rows]
+        lengths = np.ones(rows, np.int32)
+        lengths[: len(batch)] = [len(group.prefix) for group in batch]
+        tokens = np.zeros((rows, bucket_length(int(lengths.max()), length_bucket)), np.int32)
+        for row, group in enumerate(batch):
+            tokens[row, : len(group.prefix)] = group.prefix
+        stats.prefills += len(batch)
+        stats.prefill_tokens += sum(len(group.prefix) for group in batch)
+        stats.prefill_shapes.add(tokens.shape)
+        waiting = deque((row, s) for row, group in enumerate(batch) for s in group.samples)
+        yield _Block(prefill(params, model, tokens, lengths), tokens, waiting)
+
+
+def _admissions(
+    places: list[tuple[int, int, _Sample]],
+    requests: Sequence[Request],
+    rows: int,
+    slots: int,
+) -> Admissions:
+    """Arrays of fixed size `rows` for (slot, prefilled row, sample) triples."""
+    entering = Admissions(
+        slot=np.full(rows, slots, np.int32),
+        row=np.zeros(rows, np.int32),
+        length=np.ones(rows, np.int32),
+        limit=np.zeros(rows, np.int32),
+        seed=np.zeros((rows, 2), np.uint32),
+        sample=np.zeros(rows, np.int32),
+        temperature=np.zeros(rows, np.float32),
+        top_p=np.ones(rows, np.float32),
+        top_k=np.zeros(rows, np.int32),
+    )
+    for entry, (slot, row, entered) in enumerate(places):
+        request = requests[entered.request]
+        entering.slot[entry] = slot
+        entering.row[entry] = row
+        entering.length[entry] = len(request.prefix)
+        entering.limit[entry] = len(request.prefix) + request.budget
+        entering.seed[entry] = request_key(request.seed)
+        entering.sample[entry] = entered.index
+        entering.temperature[entry] = request.temperature
+        entering.top_p[entry] = request.top_p
+        entering.top_k[entry] = request.top_k
+    return entering
+
+
+def _collect(
+    state: DecodeState,
+    lengths: np.ndarray,
+    done: list[int],
+    running: list[_Sample | None],
+    requests: Sequence[Request],
+    responses: list[list[Response]],
+    stats: SampleStats,
+) -> None:
+    """Takes finished responses out of their slots."""
+    tokens, logprobs, ended = jax.device_get((state.tokens, state.logprobs, state.ended))
+    for slot in done:
+        finished = running[slot]
+        assert finished is not None
+        running[slot] = None
+        part = slice(len(requests[finished.request].prefix), int(lengths[slot]))
+        responses[finished.request][finished.index] = Response(
+            tokens[slot, part].copy(), logprobs[slot, part].copy(), bool(ended[slot])
+        )
+        stats.useful_tokens += part.stop - part.start
+
+
+def _batch_devices() -> int:
+    """Devices over which slots are cut under the current mesh."""
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    return shape.get("data", 1) * shape.get("fsdp", 1)

@@ -1,0 +1,172 @@
+"""The decode cache against the full forward pass, truncation, and when `generate` stops."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnrl_jax.models.transformer import KeyValues, Transformer, forward, unembed
+from attnrl_jax.sampling.cache import append_token, bucket_length, empty_cache, fork_rows
+from attnrl_jax.sampling.engine import (
+    Admissions,
+    Sampling,
+    empty_state,
+    generate,
+    insert,
+    prefill,
+    sample_tokens,
+    truncate_logits,
+)
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0, 64), (1, 64), (64, 64), (65, 128)])
+def test_buckets(length, wanted):
+    assert bucket_length(length, 64) == wanted
+
+
+def test_cache_writes():
+    """One row goes to two slots, a padding entry nowhere, a token to its slot's position."""
+    cache = KeyValues(jnp.zeros((2, 3, 2, 6, 4)), jnp.zeros((2, 3, 2, 6, 4)))
+    rng = np.random.default_rng(0)
+    prefix = jnp.asarray(rng.normal(size=(2, 2, 2, 5, 4)), jnp.float32)
+    rows, slots = jnp.array([1, 0, 1]), jnp.array([2, 3, 0])
+    cache = fork_rows(cache, KeyValues(prefix, -prefix), rows, slots)
+    wanted = np.zeros((2, 3, 2, 6, 4), np.float32)
+    wanted[:, 2, :, :5] = wanted[:, 0, :, :5] = prefix[:, 1]
+    np.testing.assert_array_equal(cache.keys, wanted)
+    np.testing.assert_array_equal(cache.values, -wanted)
+
+    token = jnp.asarray(rng.normal(size=(2, 3, 2, 1, 4)), jnp.float32)
+    cache = append_token(cache, KeyValues(token, -token), jnp.array([5, 0, 3]))
+    for slot, position in enumerate([5, 0, 3]):
+        wanted[:, slot, :, position] = token[:, slot, :, 0]
+    np.testing.assert_array_equal(cache.keys, wanted)
+    np.testing.assert_array_equal(cache.values, -wanted)
+
+
+@partial(jax.jit, static_argnums=1)
+def _decode_all(params, config, cache, tokens, starts):
+    """Logits of 6 tokens per slot from `starts` on, one at a time over the cache."""
+
+    def step(cache, ahead):
+        positions = starts + ahead
+        token = jnp.take_along_axis(tokens, positions[:, None], axis=1)
+        output = Transformer(config).apply(
+            {"params": params}, token, positions[:, None], jnp.ones_like(token),
+            cache=cache, cache_lengths=positions, keep_key_values=True,
+        )  # fmt: skip
+        logits = unembed(params, config, output.hidden[:, 0])
+        return append_token(cache, output.key_values, positions), logits
+
+    return jax.lax.scan(step, cache, jnp.arange(6))[1]
+
+
+def test_cached_decoding_equals_the_full_forward_pass(model):
+    """Slots start at different cuts of the same two prefilled rows."""
+    tokens = np.random.default_rng(1).integers(0, 256, size=(2, 20)).astype(np.int32)
+    full = forward(model.params, model.config, jnp.asarray(tokens), jnp.array([20, 20]))
+    logits = np.asarray(unembed(model.params, model.config, full.hidden))
+    # Rows hold other tokens from 12 and 9 on: their keys must never be read.
+    lengths = np.array([12, 9])
+    prefixes = np.where(np.arange(20)[None] < lengths[:, None], tokens, 7)
+    prefix = prefill(model.params, model.config, prefixes, lengths)
+    rows, starts = np.array([0, 1, 0, 1]), np.array([11, 8, 4, 0])
+    cache = fork_rows(empty_cache(model.config, 4, 24), prefix, rows, np.arange(4))
+    decoded = _decode_all(model.params, model.config, cache, tokens[rows], starts)
+    for slot, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        wanted = logits[row, start : start + 6]
+        np.testing.assert_allclose(decoded[:, slot], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, 0, {0, 1, 2, 3, 4}),
+        (1.0, 2, {1, 3}),
+        (1.0, 99, {0, 1, 2, 3, 4}),
+        (0.4, 0, {3}),
+        (0.45, 0, {1, 3}),
+        (0.94, 0, {0, 1, 2, 3}),
+        (1e-6, 0, {3}),
+        # Of the two best, 0.4 / 0.7 < 0.6: the nucleus is taken of what top-k left.
+        (0.6, 2, {1, 3}),
+        (0.5, 2, {3}),
+        # Tokens 0 and 2 tie.
+        (1.0, 3, {0, 1, 2, 3}),
+    ],
+)
+def test_truncation_by_hand(top_p, top_k, kept):
+    probabilities = jnp.array([[0.125, 0.3, 0.125, 0.4, 0.05]])
+    cut = truncate_logits(jnp.log(probabilities), jnp.array([top_p]), jnp.array([top_k]))
+    assert set(np.flatnonzero(np.isfinite(cut[0])).tolist()) == kept
+    np.testing.assert_array_equal(cut[0, list(kept)], jnp.log(probabilities)[0, list(kept)])
+
+
+def test_samples_have_the_distribution_of_their_slot():
+    """Frequencies over positions, per slot: plain, warm, top-p with top-k, greedy."""
+    count = 4000
+    logits = jnp.log(jnp.array([0.1, 0.3, 0.15, 0.4, 0.05]))
+    temperature = jnp.array([1.0, 2.0, 1.0, 0.0])
+    key = jax.random.key_data(jax.random.key(3))
+    sampling = Sampling(
+        key=jnp.tile(key, (4, 1)),
+        temperature=temperature,
+        top_p=jnp.array([1.0, 1.0, 0.9, 0.5]),
+        top_k=jnp.array([0, 0, 2, 1]),
+    )
+    tokens, logprobs = jax.jit(
+        jax.vmap(lambda position: sample_tokens(
+            jnp.tile(logits, (4, 1)), sampling, jnp.full(4, position), True
+        ))
+    )(jnp.arange(count))  # fmt: skip
+    frequency = np.stack([np.bincount(tokens[:, s], minlength=5) for s in range(4)]) / count
+    warm = np.asarray(jax.nn.softmax(logits / 2))
+    wanted = [np.exp(logits), warm, [0, 3 / 7, 0, 4 / 7, 0], [0, 0, 0, 1, 0]]
+    np.testing.assert_allclose(frequency, np.stack(wanted), atol=0.03)
+    assert not frequency[2, [0, 2, 4]].any()
+    full = np.stack([logits, np.log(warm), logits, logits])
+    reported = np.take_along_axis(full, np.asarray(tokens).T, axis=1)
+    np.testing.assert_allclose(np.asarray(logprobs).T, reported, atol=1e-5)
+
+
+def test_generate_stops_when_the_host_is_needed(golden_model):
+    """After `max_steps`, once enough slots are free, or when all are; idle slots never change."""
+    model = golden_model("qwen2_untied")
+    tokens = np.full((2, 64), 9, np.int32)
+    prefix = prefill(model.params, model.config, tokens, np.array([5, 3], np.int32))
+    state = empty_state(model.config, 4, 64)
+    entering = Admissions(
+        slot=np.array([0, 2, 3, 4], np.int32),
+        row=np.array([0, 1, 1, 0], np.int32),
+        length=np.array([5, 3, 2, 1], np.int32),
+        limit=np.array([7, 8, 22, 30], np.int32),
+        seed=np.ones((4, 2), np.uint32),
+        sample=np.arange(4, dtype=np.int32),
+        temperature=np.ones(4, np.float32),
+        top_p=np.ones(4, np.float32),
+        top_k=np.zeros(4, np.int32),
+    )
+    state = insert(state, prefix, tokens, entering)
+    assert state.active.tolist() == [True, False, True, True]
+    none = np.zeros(0, np.int32)
+
+    def run(state, max_steps, refill_at):
+        limits = np.int32(max_steps), np.int32(refill_at)
+        return generate(model.params, model.config, state, none, *limits)
+
+    state, steps = run(state, 1, 9)
+    assert (int(steps), state.length.tolist()) == (1, [6, 0, 4, 3])
+    state, steps = run(state, 50, 2)
+    assert (int(steps), state.length.tolist()) == (4, [7, 0, 8, 7])
+    kept = np.asarray(state.tokens)
+    state, steps = run(state, 50, 9)
+    assert (int(steps), state.length.tolist()) == (15, [7, 0, 8, 22])
+    np.testing.assert_array_equal(state.tokens[:3], kept[:3])
+    assert not state.active.any()
+    assert not state.ended.any()
+    state, steps = run(state, 50, 9)
+    assert int(steps) == 0

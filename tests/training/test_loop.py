@@ -1,0 +1,232 @@
+"""The loop: which parameters sample which token, schedules, methods, skipped steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
+from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.scoring import score
+from attnrl_jax.training.loop import evaluate
+from attnrl_jax.training.rollout import own_tokens, response_tokens
+from tests.training.tiny import ChecksumJudge, ConstantJudge, fresh_state, run_steps, tiny_setup
+
+
+@pytest.fixture(scope="module")
+def golden(golden_model):
+    return golden_model("qwen2_tied")
+
+
+@pytest.fixture(scope="module")
+def off_policy(golden):
+    """Four steps with the sampler's own log-probabilities, and the parameters after each."""
+    setup = tiny_setup(golden, behaviour="sampler")
+    _, reports, params = run_steps(fresh_state(golden, setup), setup)
+    return reports, [jax.tree.map(np.array, golden.params), *params]
+
+
+def recompute(params, config, rows):
+    return np.asarray(
+        score(params, config, rows.tokens, rows.length, rows.step_ids, with_fci=False).logprobs
+    )
+
+
+def test_every_token_carries_the_version_that_sampled_it(off_policy):
+    reports, _ = off_policy
+    for report in reports:
+        step, rows = int(report.metrics["step"]), report.rows
+        own, response = own_tokens(rows), response_tokens(rows)
+        continued = (rows.root != np.arange(len(rows.root)))[:, None]
+        assert np.all(rows.version[~response] == -1)
+        assert np.all(rows.version[own & continued] == step - 1)
+        # Initial responses, and the prefixes that continuations share with them.
+        assert np.all(rows.version[response & ~(own & continued)] == max(step - 2, 0))
+        assert (own & continued).any()
+        assert (response & continued & ~own).any()
+
+
+def test_behaviour_logprobs_are_those_of_the_parameters_named(golden, off_policy):
+    """The sampler's log-probabilities, recomputed by the scorer.
+
+    For continuations this also shows that the prefix's cache was computed with θ_{t-1}: a cache
+    left over from θ_{t-2} would give other numbers, as the last assertion makes sure.
+    """
+    reports, params = off_policy
+    for report in reports:
+        step, rows = int(report.metrics["step"]), report.rows
+        new = recompute(params[step - 1], golden.config, rows)
+        old = recompute(params[max(step - 2, 0)], golden.config, rows)
+        is_new = rows.version == step - 1
+        is_old = (rows.version >= 0) & (rows.version == max(step - 2, 0))
+        np.testing.assert_allclose(rows.logprobs[is_new], new[is_new], atol=1e-4)
+        np.testing.assert_allclose(rows.logprobs[is_old], old[is_old], atol=1e-4)
+        if step > 1:
+            assert np.abs(new - old)[is_new].max() > 1e-2
+
+
+def test_scorer_and_sampler_agree_on_behaviour(golden, off_policy):
+    setup = tiny_setup(golden, behaviour="scorer", steps=1)
+    _, [report], _ = run_steps(fresh_state(golden, setup), setup)
+    sampled = off_policy[0][0].rows
+    np.testing.assert_array_equal(report.rows.tokens, sampled.tokens)
+    np.testing.assert_allclose(report.rows.logprobs, sampled.logprobs, atol=1e-4)
+
+
+def test_rows_are_trees(off_policy):
+    """Continuations repeat their root's prefix and differ after it; rewards decide values."""
+    reports, _ = off_policy
+    for report in reports:
+        rows, segments = report.rows, report.segments
+        for row in np.flatnonzero(rows.root != np.arange(len(rows.root))):
+            root, end = rows.root[row], rows.prompt_length[row] + rows.split[row]
+            np.testing.assert_array_equal(rows.tokens[row, :end], rows.tokens[root, :end])
+            np.testing.assert_array_equal(rows.logprobs[row, :end], rows.logprobs[root, :end])
+            assert rows.split[row] >= 1
+            assert rows.problem[row] == rows.problem[root]
+        for problem in np.unique(rows.problem):
+            members = rows.problem == problem
+            np.testing.assert_allclose(
+                segments.root_value[members], rows.reward[members].mean(), atol=1e-6
+            )
+        assert report.metrics["branching/by_importance"] == 1.0
+
+
+def test_trained_rows_belong_to_problems_with_both_outcomes(off_policy):
+    reports, _ = off_policy
+    for report in reports:
+        rows = report.rows
+        for problem in np.unique(rows.problem[report.trained]):
+            rewards = rows.reward[report.trained & (rows.problem == problem)]
+            assert rewards.min() != rewards.max()
+        assert report.metrics["rows/trained"] == report.trained.sum()
+        assert report.metrics["tokens/trained"] == response_tokens(rows)[report.trained].sum()
+
+
+def test_sampled_tokens_are_counted_once(golden):
+    """Joint rounds and the warm-up add up to every token that was sampled."""
+    setup = tiny_setup(golden, steps=2)
+    state = fresh_state(golden, setup)
+    warm_up = int((state.batch.length - state.batch.prompt_length).sum())
+    assert state.sampled_tokens == warm_up
+    state, reports, _ = run_steps(state, setup)
+    own = [own_tokens(report.rows).sum() for report in reports]
+    in_flight = int((state.batch.length - state.batch.prompt_length).sum())
+    assert state.sampled_tokens == sum(own) + in_flight
+
+
+def test_on_policy_samples_everything_with_one_version(golden):
+    setup = tiny_setup(golden, schedule="on_policy", steps=2)
+    state = fresh_state(golden, setup)
+    assert state.batch is None
+    state, reports, _ = run_steps(state, setup)
+    for report in reports:
+        versions = report.rows.version[response_tokens(report.rows)]
+        assert np.all(versions == report.metrics["step"] - 1)
+        assert report.metrics["branching/positions"] > 0
+    assert state.batch is None
+
+
+def test_the_batch_size_follows_the_rows_that_survive(golden):
+    setup = tiny_setup(golden, batch_size=BatchSizeConfig(alpha=1.0, bounds=None))
+    state = fresh_state(golden, setup)
+    drawn, survivors = [state.batch_count, state.next_count], []
+    for _ in range(3):
+        step_setup = dataclasses.replace(
+            setup, config=dataclasses.replace(setup.config, steps=state.step + 1)
+        )
+        state, [report], _ = run_steps(state, step_setup)
+        drawn.append(state.next_count)
+        survivors.append(report.metrics["rows/trained"])
+    # The first three draws are nominal; the fourth and fifth follow steps 1 and 2.
+    expected = [4, 4, 4]
+    for trained in survivors[:2]:
+        expected.append(int(expected[-1] * (4 * 15) / trained))
+    assert drawn == expected
+
+
+def test_nothing_to_learn_leaves_parameters_and_batch_size(golden):
+    setup = tiny_setup(golden, judge=ConstantJudge(), steps=2)
+    before = jax.tree.map(np.array, golden.params)
+    state, reports, params = run_steps(fresh_state(golden, setup), setup)
+    for after in params:
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert [r.metrics["step/skipped"] for r in reports] == [1.0, 1.0]
+    assert state.skipped_steps == 2
+    assert state.batch_size == 4
+    # The pipeline went on: each step worked on problems of its own.
+    assert reports[0].problems != reports[1].problems
+
+
+@pytest.mark.parametrize("rule", ["entropy", "random", "none"])
+def test_other_methods_run_through_the_same_loop(golden, rule):
+    setup = tiny_setup(
+        golden,
+        steps=1,
+        branching=BranchingConfig(rule=rule, delta=1, min_distance=0),
+        expansion=AdaptiveExpansionConfig(False, False),
+    )
+    _, [report], _ = run_steps(fresh_state(golden, setup), setup)
+    rows = report.rows
+    initial = rows.root == np.arange(len(rows.root))
+    if rule == "none":
+        # n (1 + N C) responses of each problem, and one advantage for a whole response.
+        assert initial.all()
+        assert np.all(np.bincount(rows.problem) == 15)
+        rewards = rows.reward[rows.problem == 0]
+        expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        first = report.advantages[np.arange(15), rows.prompt_length[:15]]
+        np.testing.assert_allclose(first, expected, atol=1e-5)
+    else:
+        assert np.bincount(rows.problem[initial]).tolist() == [3] * 4
+        assert report.metrics["branching/responses_expanded"] == 12
+        assert report.metrics["branching/by_importance"] == 0.0
+        assert (~initial).any()
+
+
+def test_permuted_advantages_keep_their_values_and_lose_their_rows(golden):
+    plain, permuted = (
+        tiny_setup(golden, steps=1, permute_advantages=permute) for permute in (False, True)
+    )
+    _, [honest], _ = run_steps(fresh_state(golden, plain), plain)
+    _, [shuffled], _ = run_steps(fresh_state(golden, permuted), permuted)
+    np.testing.assert_array_equal(honest.rows.tokens, shuffled.rows.tokens)
+    rows, trained = honest.rows, honest.trained
+    start = rows.prompt_length[trained]
+    first = honest.advantages[trained][np.arange(trained.sum()), start]
+    given = shuffled.advantages[trained][np.arange(trained.sum()), start]
+    np.testing.assert_allclose(np.sort(first), np.sort(given))
+    assert np.any(first != given)
+
+
+def test_continuations_may_be_judged_on_their_own_text(golden):
+    setup = tiny_setup(golden, steps=1, judge="continuation")
+    seen = []
+
+    class Recorder(ChecksumJudge):
+        def judge_many(self, items):
+            seen.extend(text for text, _ in items)
+            return super().judge_many(items)
+
+    setup = dataclasses.replace(setup, task=dataclasses.replace(setup.task, judge=Recorder()))
+    _, [report], _ = run_steps(fresh_state(golden, setup), setup)
+    rows = report.rows
+    row = int(np.flatnonzero(rows.root != np.arange(len(rows.root)))[0])
+    begin = rows.prompt_length[row] + rows.split[row]
+    own = setup.task.tokenizer.decode(rows.tokens[row, begin : rows.length[row]])
+    whole = setup.task.tokenizer.decode(
+        rows.tokens[row, rows.prompt_length[row] : rows.length[row]]
+    )
+    assert own in seen
+    assert whole not in seen
+
+
+def test_evaluation_repeats_itself(golden):
+    setup = tiny_setup(golden, steps=0)
+    state = fresh_state(golden, setup)
+    first, second = (evaluate(state, setup) for _ in range(2))
+    assert first["held_out/accuracy"] == second["held_out/accuracy"]
+    assert first["held_out/problems"] == 6
