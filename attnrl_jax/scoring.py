@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import forward, unembed
 from attnrl_jax.sharding import BATCH, constrain
-from attnrl_jax.types import Scores
+from attnrl_jax.types import ArrayLike, Scores
 
 
 def token_logprobs(
     params: Any,
     config: ModelConfig,
     hidden: Float[Array, "batch time width"],
-    tokens: Int[Array, "batch time"],
+    tokens: Int[ArrayLike, "batch time"],
     temperature: Float[Array, ""] | float,
     *,
     chunk_length: int = 256,
@@ -109,11 +109,17 @@ def score(
         params, config, tokens, lengths, step_ids=step_ids if with_fci else None, delta=delta
     )
     logprobs, entropy = token_logprobs(
-        params, config, output.hidden, tokens, temperature,
-        chunk_length=chunk_length, with_entropy=True,
-    )  # fmt: skip
+        params,
+        config,
+        output.hidden,
+        tokens,
+        temperature,
+        chunk_length=chunk_length,
+        with_entropy=True,
+    )
     inside = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    fci = output.fci if with_fci else jnp.zeros(tokens.shape, jnp.float32)
+    fci = jnp.zeros(tokens.shape, jnp.float32) if output.fci is None else output.fci
+    assert entropy is not None
     return Scores(jnp.where(inside, logprobs, 0.0), jnp.where(inside, entropy, 0.0), fci)
 
 

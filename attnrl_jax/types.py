@@ -50,19 +50,19 @@ class Rollouts:
       reward: outcome of the whole path.
     """
 
-    tokens: Int[ArrayLike, "row time"]
-    prompt_length: Int[ArrayLike, "row"]
-    length: Int[ArrayLike, "row"]
-    problem: Int[ArrayLike, "row"]
-    root: Int[ArrayLike, "row"]
-    split: Int[ArrayLike, "row"]
-    ended: Bool[ArrayLike, "row"]
-    logprobs: Float[ArrayLike, "row time"]
-    version: Int[ArrayLike, "row time"]
-    entropy: Float[ArrayLike, "row time"]
-    step_ids: Int[ArrayLike, "row time"]
-    fci: Float[ArrayLike, "row step"]
-    reward: Float[ArrayLike, "row"]
+    tokens: Int[np.ndarray, "row time"]
+    prompt_length: Int[np.ndarray, "row"]
+    length: Int[np.ndarray, "row"]
+    problem: Int[np.ndarray, "row"]
+    root: Int[np.ndarray, "row"]
+    split: Int[np.ndarray, "row"]
+    ended: Bool[np.ndarray, "row"]
+    logprobs: Float[np.ndarray, "row time"]
+    version: Int[np.ndarray, "row time"]
+    entropy: Float[np.ndarray, "row time"]
+    step_ids: Int[np.ndarray, "row time"]
+    fci: Float[np.ndarray, "row step"]
+    reward: Float[np.ndarray, "row"]
 
 
 @struct.dataclass
@@ -76,9 +76,9 @@ class Scores:
       fci: forward context influence by range, before any range is zeroed.
     """
 
-    logprobs: Float[Array, "batch time"]
-    entropy: Float[Array, "batch time"]
-    fci: Float[Array, "batch step"]
+    logprobs: Float[ArrayLike, "batch time"]
+    entropy: Float[ArrayLike, "batch time"]
+    fci: Float[ArrayLike, "batch step"]
 
 
 @struct.dataclass
@@ -94,9 +94,9 @@ class TrainRows:
       reference_logprobs: log-probability under the reference policy (zeros when beta is 0).
     """
 
-    tokens: Int[Array, "batch time"]
-    length: Int[Array, "batch"]
-    mask: Float[Array, "batch time"]
-    advantages: Float[Array, "batch time"]
-    behaviour_logprobs: Float[Array, "batch time"]
-    reference_logprobs: Float[Array, "batch time"]
+    tokens: Int[ArrayLike, "batch time"]
+    length: Int[ArrayLike, "batch"]
+    mask: Float[ArrayLike, "batch time"]
+    advantages: Float[ArrayLike, "batch time"]
+    behaviour_logprobs: Float[ArrayLike, "batch time"]
+    reference_logprobs: Float[ArrayLike, "batch time"]

@@ -24,7 +24,8 @@ from attnrl_jax.models.config import ModelError
 from attnrl_jax.sharding import make_mesh, parameter_shardings
 from attnrl_jax.tasks.problems import DataError
 from attnrl_jax.training.checkpoint import Checkpointer
-from attnrl_jax.training.loop import Setup, evaluate, start, train_steps
+from attnrl_jax.training.loop import evaluate, start, train_steps
+from attnrl_jax.training.stages import Setup
 from attnrl_jax.training.state import TrainState, init_state
 from experiments import reporting
 from experiments.settings import SettingError, Settings, build

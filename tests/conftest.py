@@ -76,3 +76,17 @@ def golden_model():
 def model(request) -> GoldenModel:
     """Each of the four golden models in turn."""
     return _golden_model(request.param)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """In CI every test runs, but for those that need an accelerator."""
+    skipped = [
+        report.nodeid
+        for report in terminalreporter.stats.get("skipped", [])
+        if "accelerator" not in report.keywords
+    ]
+    if skipped and os.environ.get("CI"):
+        terminalreporter.section("skipped in CI", red=True)
+        for nodeid in skipped:
+            terminalreporter.line(nodeid)
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnrl_jax.types import ArrayLike
+
 LOG_RATIO_BOUND = 20.0
 KL_BOUND = 10.0
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
 def masked_mean(
-    x: Float[Array, "*shape"],
-    mask: Float[Array, "*shape"],
-    denominator: Float[Array, ""] | float | None = None,
+    x: Float[ArrayLike, "*shape"],
+    mask: Float[ArrayLike, "*shape"],
+    denominator: Float[ArrayLike, ""] | float | None = None,
 ) -> Float[Array, ""]:
     """sum(x · mask) / denominator; the denominator is sum(mask) where none is given.
 
@@ -98,13 +100,13 @@ class LossMetrics:
 
 
 def policy_loss(
-    logprobs: Float[Array, "batch time"],
-    behaviour_logprobs: Float[Array, "batch time"],
-    reference_logprobs: Float[Array, "batch time"] | None,
-    advantages: Float[Array, "batch time"],
-    mask: Float[Array, "batch time"],
+    logprobs: Float[ArrayLike, "batch time"],
+    behaviour_logprobs: Float[ArrayLike, "batch time"],
+    reference_logprobs: Float[ArrayLike, "batch time"] | None,
+    advantages: Float[ArrayLike, "batch time"],
+    mask: Float[ArrayLike, "batch time"],
     config: LossConfig,
-    denominator: Float[Array, ""] | float | None = None,
+    denominator: Float[ArrayLike, ""] | float | None = None,
 ) -> tuple[Float[Array, ""], LossMetrics]:
     """Loss of a (micro-)batch. Per token, with r = exp(clip(logp - logp_behaviour, ±20)),
 
@@ -143,8 +145,8 @@ def policy_loss(
     policy_term = _aggregate(token_loss, mask, config.aggregation, denominator)
     kl_term = _aggregate(token_kl, mask, config.aggregation, denominator)
 
-    def token_sum(x: Array) -> Float[Array, ""]:
-        return jax.lax.stop_gradient(masked_mean(x.astype(mask.dtype), mask, 1.0))
+    def token_sum(x: ArrayLike) -> Float[Array, ""]:
+        return jax.lax.stop_gradient(masked_mean(jnp.asarray(x, mask.dtype), mask, 1.0))
 
     metrics = LossMetrics(
         policy_loss=jax.lax.stop_gradient(policy_term),
@@ -159,7 +161,7 @@ def policy_loss(
 
 
 def k3(
-    logprobs: Float[Array, "batch time"], reference_logprobs: Float[Array, "batch time"]
+    logprobs: Float[ArrayLike, "batch time"], reference_logprobs: Float[ArrayLike, "batch time"]
 ) -> Float[Array, "batch time"]:
     """exp(d) - d - 1 with d = log p_reference - log p: an estimate of KL(policy, reference).
 
@@ -171,10 +173,10 @@ def k3(
 
 
 def _aggregate(
-    x: Float[Array, "batch time"],
-    mask: Float[Array, "batch time"],
+    x: Float[ArrayLike, "batch time"],
+    mask: Float[ArrayLike, "batch time"],
     aggregation: str,
-    denominator: Float[Array, ""] | float | None,
+    denominator: Float[ArrayLike, ""] | float | None,
 ) -> Float[Array, ""]:
     """One number of a batch, by `LossConfig.aggregation`."""
     if aggregation == "token-mean":

@@ -24,6 +24,7 @@ from attnrl_jax.models.attention import (
 )
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sharding import BATCH, constrain
+from attnrl_jax.types import ArrayLike
 
 
 @struct.dataclass
@@ -265,8 +266,8 @@ def init_params(config: ModelConfig, key: Array) -> Any:
 def forward(
     params: Any,
     config: ModelConfig,
-    tokens: Int[Array, "batch time"],
-    lengths: Int[Array, "batch"],
+    tokens: Int[ArrayLike, "batch time"],
+    lengths: Int[ArrayLike, "batch"],
     **kwargs: Any,
 ) -> Output:
     """Forward pass of right-padded sequences, positions and masks from their lengths.

@@ -245,7 +245,10 @@ def save_folder(
             (staging / "config.json").write_text(text + "\n")
         else:
             _save_like(Path(source), staging, tensors)
+        # Temporary folders and safetensors files are made for their owner alone.
         staging.chmod(0o755)
+        for path in staging.iterdir():
+            path.chmod(0o644)
         if out.exists():
             out.rmdir()
         staging.rename(out)

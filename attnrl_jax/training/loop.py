@@ -15,16 +15,14 @@ all with θ_{t-1}: two rounds of generation per step.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
 
 from attnrl_jax.algorithms.adaptive import CumulativeMean, next_batch_size, problems_with_signal
 from attnrl_jax.algorithms.advantages import (
@@ -34,57 +32,22 @@ from attnrl_jax.algorithms.advantages import (
     token_advantages,
 )
 from attnrl_jax.branching.tree import PathSegments, path_segments
-from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.sampling.sampler import Request, Response, sample
-from attnrl_jax.scoring import score_rows
-from attnrl_jax.sharding import batch_devices, batch_sharding
-from attnrl_jax.tasks.judging import Judge, JudgeCounts
-from attnrl_jax.tasks.problems import Problem, ProblemStream
-from attnrl_jax.tasks.tokenizer import Tokenizer
+from attnrl_jax.sampling.sampler import Request, sample
+from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training import rollout
+from attnrl_jax.training.stages import (
+    Setup,
+    Stopwatch,
+    generate,
+    initial_batch,
+    judge,
+    layout,
+    score,
+    train_rows,
+)
 from attnrl_jax.training.state import TrainConfig, TrainState
 from attnrl_jax.training.step import update
-from attnrl_jax.types import Rollouts, TrainRows
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be learnt.
-
-    Attributes:
-      stream: training problems.
-      held_out: problems that are only evaluated.
-      tokenizer: of the policy.
-      prompt: token ids of a problem's prompt.
-      judge: (response text, golds) pairs to rewards.
-    """
-
-    stream: ProblemStream
-    held_out: Sequence[Problem]
-    tokenizer: Tokenizer
-    prompt: Callable[[Problem], np.ndarray]
-    judge: Judge
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What stays the same over a run: the task, the model, the settings, the devices.
-
-    Attributes:
-      task: problems and judge.
-      model: shape of the policy, in the dtype of scoring, sampling and updates.
-      config: of training.
-      mesh: devices; None for the default device.
-      reference: parameters of the reference policy; None where the loss has no KL penalty.
-      on_stage: called with the name of each stage as it begins.
-    """
-
-    task: Task
-    model: ModelConfig
-    config: TrainConfig
-    mesh: Mesh | None = None
-    reference: Any = None
-    on_stage: Callable[[str], None] = lambda stage: None
+from attnrl_jax.types import Rollouts
 
 
 @struct.dataclass
@@ -144,22 +107,6 @@ class StepReport:
     trained: np.ndarray
 
 
-class Stopwatch:
-    """Seconds per stage of one step, and how its answers were judged."""
-
-    def __init__(self, on_stage: Callable[[str], None]):
-        self.seconds: dict[str, float] = {}
-        self.judged = JudgeCounts()
-        self._on_stage = on_stage
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._on_stage(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def start(setup: Setup, train: TrainState) -> LoopState:
     """State before the first step: warm-up of the pipeline with θ_0."""
     state = LoopState(
@@ -174,9 +121,10 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     state, problems = _advance(state, setup)
     prompts = [setup.task.prompt(problem) for problem in problems]
     requests = rollout.initial_requests(prompts, setup.config, version=0)
-    [samples], tokens = _generate(state, setup, [requests], watch)
-    initial = _initial_rows(state, setup, problems, prompts, samples, 0, watch)
-    return state.replace(batch=initial, sampled_tokens=tokens)
+    params = state.train.params
+    [samples], tokens = generate(params, setup, [requests], watch)
+    initial = initial_batch(params, setup, problems, prompts, samples, 0, watch)
+    return dataclasses.replace(state, batch=initial, sampled_tokens=tokens)
 
 
 def train_steps(state: LoopState, setup: Setup) -> Iterator[tuple[LoopState, StepReport]]:
@@ -195,6 +143,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     config, task = setup.config, setup.task
     step = state.step + 1
     version = state.step
+    params = state.train.params
     off_policy = config.schedule == "off_policy"
     watch = Stopwatch(setup.on_stage)
     begin = time.perf_counter()
@@ -203,7 +152,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
 
     # Draw, and on-policy sample the initial responses at once.
     if state.step > 0 and state.surviving_rows > 0:
-        state = state.replace(
+        state = dataclasses.replace(
+        state,
             batch_size=next_batch_size(
                 state.batch_size, config.num_problems, config.rows_per_problem,
                 state.surviving_rows, config.batch_size,
@@ -221,8 +171,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         problems = _problems_at(state.next_start, state.next_count, setup)
         prompts = [task.prompt(problem) for problem in problems]
         requests = rollout.initial_requests(prompts, config, version)
-        [samples], sampled = _generate(state, setup, [requests], watch)
-        initial = _initial_rows(state, setup, problems, prompts, samples, version, watch)
+        [samples], sampled = generate(params, setup, [requests], watch)
+        initial = initial_batch(params, setup, problems, prompts, samples, version, watch)
         next_requests = []
     assert initial is not None
 
@@ -234,8 +184,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         )  # fmt: skip
         branches = plan.list()
         branch_requests = rollout.continuation_requests(initial, branches, config, version)
-    (continued, next_samples), tokens = _generate(
-        state, setup, [branch_requests, next_requests], watch
+    (continued, next_samples), tokens = generate(
+        params, setup, [branch_requests, next_requests], watch
     )
     sampled += tokens
 
@@ -245,13 +195,13 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         continuations = rollout.continuation_rows(
             initial, branches, continued, task.tokenizer.separators(), version
         )
-        continuations = _score(state, setup, continuations, with_fci=False, watch=watch)
-        continuations = _judge(setup, continuations, problems, watch)
+        continuations = score(params, setup, continuations, with_fci=False, watch=watch)
+        continuations = judge(setup, continuations, problems, watch)
         rows = rollout.join_rows(initial, continuations)
     next_batch = None
     if off_policy:
-        next_batch = _initial_rows(
-            state, setup, next_problems, next_prompts, next_samples, version, watch
+        next_batch = initial_batch(
+            params, setup, next_problems, next_prompts, next_samples, version, watch
         )
 
     # Trees, advantages, filters.
@@ -263,21 +213,22 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
             advantages[trained] = rollout.permute_across_problems(advantages[trained], kept, rng)
 
     # Update.
-    metrics = _sampling_metrics(rows, plan, trained, advantages, state, setup)
+    metrics = sampling_metrics(rows, plan, trained, advantages)
     train = state.train
     trained_tokens = 0
     if trained.any():
         with watch.stage("update"):
-            batch = _train_rows(state, setup, rows, advantages, trained)
+            batch = train_rows(setup, rows, advantages, trained)
             trained_tokens = int(batch.mask.sum())
             train, losses = update(
                 state.train, setup.model, config, batch, rows.problem[trained],
                 np.random.default_rng([config.seed, rollout.UPDATE, step]),
-                *_layout(setup.mesh),
+                *layout(setup.mesh),
             )  # fmt: skip
             metrics |= {f"update/{name}": value for name, value in losses.items()}
     survivors = int(trained.sum())
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         train=train,
         step=step,
         batch=next_batch,
@@ -297,6 +248,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         "tokens/trained": trained_tokens,
         "tokens/sampled_total": state.sampled_tokens,
         "tokens/trained_total": state.trained_tokens,
+        "problems/skipped_prompts_total": state.skipped_prompts,
+        "batch/size_next": state.batch_size,
         "step/skipped": float(survivors == 0),
         "step/skipped_total": state.skipped_steps,
         "update/not_finite_total": int(train.skipped),
@@ -329,12 +282,10 @@ def tree_advantages(
         by_segment = group_advantages(rows.reward, rows.problem)[:, None]
     else:
         by_segment = segment_advantages(segments, config.advantage_norm)
-    advantages = token_advantages(
-        segments, by_segment, rows.prompt_length, rows.tokens.shape[1]
-    ).astype(np.float32)
+    advantages = token_advantages(segments, by_segment, rows.prompt_length, rows.tokens.shape[1])
     kept = row_is_kept(segments, config.keep_unbranched or config.branching.rule == "none")
     trained = problems_with_signal(rows.problem, rows.reward, kept & ~dropped[rows.problem])
-    return segments, advantages, trained
+    return segments, np.asarray(advantages, np.float32), np.asarray(trained)
 
 
 def evaluate(
@@ -386,7 +337,8 @@ def evaluate(
 def _advance(state: LoopState, setup: Setup) -> tuple[LoopState, list[Problem]]:
     """Draws a batch: the one drawn before it moves up. Returns the one that moved up's problems."""
     draw = setup.task.stream.take(state.cursor, state.batch_size)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         batch_start=state.next_start,
         batch_count=state.next_count,
         next_start=state.cursor,
@@ -401,118 +353,11 @@ def _problems_at(start: int, count: int, setup: Setup) -> list[Problem]:
     return setup.task.stream.take(start, count).problems
 
 
-def _layout(mesh: Mesh | None) -> tuple[jax.sharding.Sharding | None, int]:
-    return (None, 1) if mesh is None else (batch_sharding(mesh), batch_devices(mesh))
-
-
-def _generate(
-    state: LoopState, setup: Setup, groups: Sequence[list[Request]], watch: Stopwatch
-) -> tuple[list[list[list[Response]]], int]:
-    """One round of generation for several lists of requests, and the tokens it sampled."""
-    with watch.stage("generate"):
-        requests = [request for group in groups for request in group]
-        samples, _ = sample(
-            state.train.params, setup.model, requests, setup.task.tokenizer.end_ids,
-            setup.config.sampler,
-        )  # fmt: skip
-    parts, begin = [], 0
-    for group in groups:
-        parts.append(samples[begin : begin + len(group)])
-        begin += len(group)
-    tokens = sum(len(response.tokens) for responses in samples for response in responses)
-    return parts, tokens
-
-
-def _initial_rows(
-    state: LoopState,
-    setup: Setup,
-    problems: list[Problem],
-    prompts: list[np.ndarray],
-    samples: Sequence[Sequence[Response]],
-    version: int,
-    watch: Stopwatch,
-) -> Rollouts:
-    """Initial responses as rows, scored and judged."""
-    config = setup.config
-    width = config.prompt_budget + config.response_budget
-    separators = setup.task.tokenizer.separators()
-    rows = rollout.initial_rows(prompts, samples, separators, width, version)
-    with_fci = config.branching.rule == "fci" or config.expansion.filter_easy
-    rows = _score(state, setup, rows, with_fci=with_fci, watch=watch)
-    return _judge(setup, rows, problems, watch)
-
-
-def _score(
-    state: LoopState, setup: Setup, rows: Rollouts, *, with_fci: bool, watch: Stopwatch
-) -> Rollouts:
-    """Fills in what one forward pass says of the tokens that the rows sampled themselves."""
-    config = setup.config
-    with watch.stage("score"):
-        scores = score_rows(
-            state.train.params, setup.model, rows.tokens, rows.length, rows.step_ids,
-            config.temperature, delta=config.branching.delta, with_fci=with_fci,
-            batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
-            sharding=_layout(setup.mesh)[0],
-        )  # fmt: skip
-        own = rollout.own_tokens(rows)
-        logprobs = scores.logprobs if config.behaviour == "scorer" else rows.logprobs
-        return rows.replace(
-            logprobs=np.where(own, logprobs, rows.logprobs),
-            entropy=np.where(own, scores.entropy, rows.entropy),
-            fci=scores.fci,
-        )
-
-
-def _judge(setup: Setup, rows: Rollouts, problems: list[Problem], watch: Stopwatch) -> Rollouts:
-    """Rewards of the rows, judged on the whole response or on the continuation's own text."""
-    with watch.stage("judge"):
-        skip = rows.split if setup.config.judge == "continuation" else np.zeros_like(rows.split)
-        pairs = [
-            (
-                setup.task.tokenizer.decode(
-                    rows.tokens[row, rows.prompt_length[row] + skip[row] : rows.length[row]]
-                ),
-                problems[rows.problem[row]].answers,
-            )
-            for row in range(len(rows.length))
-        ]
-        rewards, counts = setup.task.judge.judge_many(pairs)
-        watch.judged = JudgeCounts(*map(sum, zip(watch.judged, counts, strict=True)))
-        return rows.replace(reward=rewards)
-
-
-def _train_rows(
-    state: LoopState, setup: Setup, rows: Rollouts, advantages: np.ndarray, trained: np.ndarray
-) -> TrainRows:
-    """The rows of the update, with the reference policy's log-probabilities if they count."""
-    config = setup.config
-    kept = jax.tree.map(lambda x: x[trained], rows)
-    mask = rollout.response_tokens(kept)
-    reference = np.zeros_like(kept.logprobs)
-    if setup.reference is not None and config.loss.kl_beta > 0:
-        reference = score_rows(
-            setup.reference, setup.model, kept.tokens, kept.length, kept.step_ids,
-            config.temperature, delta=config.branching.delta, with_fci=False,
-            batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
-            sharding=_layout(setup.mesh)[0],
-        ).logprobs  # fmt: skip
-    return TrainRows(
-        tokens=kept.tokens,
-        length=kept.length,
-        mask=mask.astype(np.float32),
-        advantages=np.where(mask, advantages[trained], 0.0).astype(np.float32),
-        behaviour_logprobs=np.where(mask, kept.logprobs, 0.0).astype(np.float32),
-        reference_logprobs=np.where(mask, reference, 0.0).astype(np.float32),
-    )
-
-
-def _sampling_metrics(
+def sampling_metrics(
     rows: Rollouts,
     plan: rollout.BranchPlan,
     trained: np.ndarray,
     advantages: np.ndarray,
-    state: LoopState,
-    setup: Setup,
 ) -> dict[str, float]:
     """What the step's rows look like before the update."""
     initial = rows.root == np.arange(len(rows.root))
@@ -529,7 +374,6 @@ def _sampling_metrics(
         "problems/drawn": int(rows.problem.max()) + 1,
         "problems/kept": len(np.unique(rows.problem[trained])),
         "problems/dropped_easy": int(plan.dropped.sum()),
-        "problems/skipped_prompts_total": state.skipped_prompts,
         "rows/sampled": len(rows.length),
         "rows/trained": int(trained.sum()),
         "rows/with_advantage": float((signal.any(axis=1) & trained).mean()),
@@ -537,5 +381,4 @@ def _sampling_metrics(
         "branching/positions": len(plan.list()),
         "branching/by_importance": plan.share_by_importance(),
         "branching/fci_max": float(rows.fci[initial].max()),
-        "batch/size_next": state.batch_size,
     }

@@ -151,8 +151,8 @@ def plan_branches(
       easy_mean: state of the easy filter.
       rng: for random subsets and random positions.
     """
-    after_think = end_of_thinking(initial.tokens, initial.step_ids, separators)
-    fci = mask_candidates(initial.fci, config.branching.zero_first, after_think)
+    after_think = np.asarray(end_of_thinking(initial.tokens, initial.step_ids, separators))
+    fci = np.asarray(mask_candidates(initial.fci, config.branching.zero_first, after_think))
     positions = branch_positions(
         config.branching,
         fci=fci,
@@ -171,7 +171,7 @@ def plan_branches(
             positions, np.zeros(len(initial.problem), bool), np.zeros(num_problems, bool)
         )
         return plan, easy_mean
-    num_steps = count_steps(initial.step_ids)
+    num_steps = np.asarray(count_steps(initial.step_ids))
     level = attention_level(fci.reshape(*grid, fci.shape[-1]), num_steps.reshape(grid))
     expansion, easy_mean = select_expanded(
         initial.reward.reshape(grid) > 0, level, easy_mean, rng, config.expansion

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
+from attnrl_jax.algorithms.advantages import AdvantageNorm
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
 from attnrl_jax.sampling.sampler import SamplerConfig
@@ -91,7 +92,7 @@ class TrainConfig:
     behaviour: str = "scorer"
     judge: str = "full"
     keep_unbranched: bool = True
-    advantage_norm: str = "none"
+    advantage_norm: AdvantageNorm = "none"
     permute_advantages: bool = False
     mini_batch_rows: int = 192
     micro_batch_tokens: int = 16384

@@ -9,7 +9,7 @@ from experiments.settings import default_config
 
 def get_config():
     config = default_config()
-    config.steps = 30
+    config.steps = 12
     config.num_problems = 24
     config.num_responses = 6
     config.prompt_budget = 64
@@ -18,8 +18,8 @@ def get_config():
     config.micro_batch_tokens = 8192
     config.score_batch_rows = 64
     config.length_multiple = 64
-    config.eval_every = 10
-    config.checkpoint_every = 10
+    config.eval_every = 3
+    config.checkpoint_every = 3
     config.branching.delta = 1
     config.branching.min_distance = 0
     config.branching.num_positions = 2
@@ -29,5 +29,7 @@ def get_config():
     config.optimizer.warmup_updates = 5
     config.optimizer.b2 = 0.99
     config.sampler.slots = 96
+    # One cache length, so that training and evaluation share their compiled programs.
+    config.sampler.cache_length = 256
     config.prompt.instruction = ""
     return config

@@ -204,24 +204,23 @@ def test_permuted_advantages_keep_their_values_and_lose_their_rows(golden):
 
 def test_continuations_may_be_judged_on_their_own_text(golden):
     setup = tiny_setup(golden, steps=1, judge="continuation")
-    seen = []
+    calls = []
 
     class Recorder(ChecksumJudge):
         def judge_many(self, items):
-            seen.extend(text for text, _ in items)
+            calls.append([text for text, _ in items])
             return super().judge_many(items)
 
     setup = dataclasses.replace(setup, task=dataclasses.replace(setup.task, judge=Recorder()))
     _, [report], _ = run_steps(fresh_state(golden, setup), setup)
     rows = report.rows
-    row = int(np.flatnonzero(rows.root != np.arange(len(rows.root)))[0])
-    begin = rows.prompt_length[row] + rows.split[row]
-    own = setup.task.tokenizer.decode(rows.tokens[row, begin : rows.length[row]])
-    whole = setup.task.tokenizer.decode(
-        rows.tokens[row, rows.prompt_length[row] : rows.length[row]]
-    )
-    assert own in seen
-    assert whole not in seen
+    continued = np.flatnonzero(rows.root != np.arange(len(rows.root)))
+    begin = rows.prompt_length + rows.split
+    own = [
+        setup.task.tokenizer.decode(rows.tokens[r, begin[r] : rows.length[r]]) for r in continued
+    ]
+    # Warm-up, then the continuations, then the initial responses of the next batch.
+    assert calls[1] == own
 
 
 def test_evaluation_repeats_itself(golden):

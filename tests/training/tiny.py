@@ -13,7 +13,8 @@ from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.tasks.judging import JudgeCounts, Verdicts
 from attnrl_jax.tasks.problems import Problem, ProblemStream
 from attnrl_jax.tasks.tokenizer import Tokenizer
-from attnrl_jax.training.loop import LoopState, Setup, StepReport, Task, start, train_steps
+from attnrl_jax.training.loop import LoopState, StepReport, start, train_steps
+from attnrl_jax.training.stages import Setup, Task
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, init_state
 from tests.conftest import GoldenModel
 

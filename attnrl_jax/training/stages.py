@@ -1,0 +1,188 @@
+"""The stages of a training step: generate, score, judge, and the rows of the update."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.sampling.sampler import Request, Response, sample
+from attnrl_jax.scoring import score_rows
+from attnrl_jax.sharding import batch_devices, batch_sharding
+from attnrl_jax.tasks.judging import Judge, JudgeCounts
+from attnrl_jax.tasks.problems import Problem, ProblemStream
+from attnrl_jax.tasks.tokenizer import Tokenizer
+from attnrl_jax.training import rollout
+from attnrl_jax.training.state import TrainConfig
+from attnrl_jax.types import Rollouts, TrainRows
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learnt.
+
+    Attributes:
+      stream: training problems.
+      held_out: problems that are only evaluated.
+      tokenizer: of the policy.
+      prompt: token ids of a problem's prompt.
+      judge: (response text, golds) pairs to rewards.
+    """
+
+    stream: ProblemStream
+    held_out: Sequence[Problem]
+    tokenizer: Tokenizer
+    prompt: Callable[[Problem], np.ndarray]
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same over a run: the task, the model, the settings, the devices.
+
+    Attributes:
+      task: problems and judge.
+      model: shape of the policy, in the dtype of scoring, sampling and updates.
+      config: of training.
+      mesh: devices; None for the default device.
+      reference: parameters of the reference policy; None where the loss has no KL penalty.
+      on_stage: called with the name of each stage as it begins.
+    """
+
+    task: Task
+    model: ModelConfig
+    config: TrainConfig
+    mesh: Mesh | None = None
+    reference: Any = None
+    on_stage: Callable[[str], None] = lambda stage: None
+
+
+class Stopwatch:
+    """Seconds per stage of one step, and how its answers were judged."""
+
+    def __init__(self, on_stage: Callable[[str], None]):
+        self.seconds: dict[str, float] = {}
+        self.judged = JudgeCounts()
+        self._on_stage = on_stage
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._on_stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def layout(mesh: Mesh | None) -> tuple[jax.sharding.Sharding | None, int]:
+    """Sharding of a batch's rows, and what their number is a multiple of."""
+    return (None, 1) if mesh is None else (batch_sharding(mesh), batch_devices(mesh))
+
+
+def generate(
+    params: Any, setup: Setup, groups: Sequence[list[Request]], watch: Stopwatch
+) -> tuple[list[list[list[Response]]], int]:
+    """One round of generation for several lists of requests, and the tokens it sampled."""
+    with watch.stage("generate"):
+        requests = [request for group in groups for request in group]
+        samples, _ = sample(
+            params, setup.model, requests, setup.task.tokenizer.end_ids,
+            setup.config.sampler,
+        )  # fmt: skip
+    parts, begin = [], 0
+    for group in groups:
+        parts.append(samples[begin : begin + len(group)])
+        begin += len(group)
+    tokens = sum(len(response.tokens) for responses in samples for response in responses)
+    return parts, tokens
+
+
+def initial_batch(
+    params: Any,
+    setup: Setup,
+    problems: list[Problem],
+    prompts: list[np.ndarray],
+    samples: Sequence[Sequence[Response]],
+    version: int,
+    watch: Stopwatch,
+) -> Rollouts:
+    """Initial responses as rows, scored and judged."""
+    config = setup.config
+    width = config.prompt_budget + config.response_budget
+    separators = setup.task.tokenizer.separators()
+    rows = rollout.initial_rows(prompts, samples, separators, width, version)
+    with_fci = config.branching.rule == "fci" or config.expansion.filter_easy
+    rows = score(params, setup, rows, with_fci=with_fci, watch=watch)
+    return judge(setup, rows, problems, watch)
+
+
+def score(
+    params: Any, setup: Setup, rows: Rollouts, *, with_fci: bool, watch: Stopwatch
+) -> Rollouts:
+    """Fills in what one forward pass says of the tokens that the rows sampled themselves."""
+    config = setup.config
+    with watch.stage("score"):
+        scores = score_rows(
+            params, setup.model, rows.tokens, rows.length, rows.step_ids,
+            config.temperature, delta=config.branching.delta, with_fci=with_fci,
+            batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
+            sharding=layout(setup.mesh)[0],
+        )  # fmt: skip
+        own = rollout.own_tokens(rows)
+        logprobs = scores.logprobs if config.behaviour == "scorer" else rows.logprobs
+        return dataclasses.replace(
+            rows,
+            logprobs=np.where(own, logprobs, rows.logprobs),
+            entropy=np.where(own, scores.entropy, rows.entropy),
+            fci=np.asarray(scores.fci),
+        )
+
+
+def judge(setup: Setup, rows: Rollouts, problems: list[Problem], watch: Stopwatch) -> Rollouts:
+    """Rewards of the rows, judged on the whole response or on the continuation's own text."""
+    with watch.stage("judge"):
+        skip = rows.split if setup.config.judge == "continuation" else np.zeros_like(rows.split)
+        pairs = [
+            (
+                setup.task.tokenizer.decode(
+                    rows.tokens[row, rows.prompt_length[row] + skip[row] : rows.length[row]]
+                ),
+                problems[rows.problem[row]].answers,
+            )
+            for row in range(len(rows.length))
+        ]
+        rewards, counts = setup.task.judge.judge_many(pairs)
+        watch.judged = JudgeCounts(*map(sum, zip(watch.judged, counts, strict=True)))
+        return dataclasses.replace(rows, reward=rewards)
+
+
+def train_rows(
+    setup: Setup, rows: Rollouts, advantages: np.ndarray, trained: np.ndarray
+) -> TrainRows:
+    """The rows of the update, with the reference policy's log-probabilities if they count."""
+    config = setup.config
+    kept = jax.tree.map(lambda x: x[trained], rows)
+    mask = rollout.response_tokens(kept)
+    reference = np.zeros_like(kept.logprobs)
+    if setup.reference is not None and config.loss.kl_beta > 0:
+        reference = score_rows(
+            setup.reference, setup.model, kept.tokens, kept.length, kept.step_ids,
+            config.temperature, delta=config.branching.delta, with_fci=False,
+            batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
+            sharding=layout(setup.mesh)[0],
+        ).logprobs  # fmt: skip
+    return TrainRows(
+        tokens=kept.tokens,
+        length=kept.length,
+        mask=mask.astype(np.float32),
+        advantages=np.where(mask, advantages[trained], 0.0).astype(np.float32),
+        behaviour_logprobs=np.where(mask, kept.logprobs, 0.0).astype(np.float32),
+        reference_logprobs=np.where(mask, reference, 0.0).astype(np.float32),
+    )

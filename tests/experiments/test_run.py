@@ -1,0 +1,280 @@
+"""Whole runs: what they leave behind, how they continue, what they refuse."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from attnrl_jax.models.config import ModelError
+from attnrl_jax.tasks.problems import DataError
+from experiments.configs import attnrl_graph, attnrl_hf
+from experiments.reporting import Terminal, read_metrics
+from experiments.run import RunError, claim_folder, result_line, run
+from experiments.settings import SettingError, build
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_MODEL = ROOT / "tests" / "data" / "golden" / "models" / "qwen2_tied"
+GSM8K = ROOT.parent / "shared" / "data" / "train" / "gsm8k_train.jsonl.gz"
+
+
+def small(config, steps=3):
+    """The same run, a few responses wide; eight simulated devices share its batches."""
+    config.steps = steps
+    config.num_problems = 4
+    config.num_responses = 4
+    config.eval_every = 2
+    config.checkpoint_every = 1
+    config.data.held_out_size = 16
+    config.score_batch_rows = 16
+    config.micro_batch_tokens = 4096
+    config.length_multiple = 256
+    config.sampler.slots = 32
+    return config
+
+
+def execute(config, folder, terminal=None):
+    settings = build(config)
+    claim_folder(folder, config)
+    console = Console(file=open(os.devnull, "w"), width=200)  # noqa: SIM115 (lives as long as the test)
+    with terminal or Terminal(settings.train.steps, console) as shown:
+        return run(settings, folder, shown)
+
+
+def without_clock(history):
+    return [{k: v for k, v in m.items() if not k.startswith("seconds/")} for m in history]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder and history of an uninterrupted run of the default configuration."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, execute(small(attnrl_graph.get_config()), folder)
+
+
+def test_a_run_leaves_its_folder(finished):
+    folder, history = finished
+    assert [m["step"] for m in history] == [0, 1, 2, 3]
+    assert history == read_metrics(folder / "metrics.jsonl")
+    assert json.loads((folder / "config.json").read_text())["num_problems"] == 4
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events*"))
+    assert any((folder / "checkpoints").iterdir())
+    assert re.fullmatch(r"held-out accuracy: 0\.\d{3} -> 0\.\d{3} \(n=16\)", result_line(history))
+
+
+def test_metrics_are_those_of_the_readme(finished):
+    """Every metric that a run writes has its line in the README, and the other way round."""
+    listed = set()
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("| `"):
+            listed |= set(re.findall(r"`([a-z_]+(?:/[a-z_*]+)?)`", line.split("|")[1]))
+    written = {name for metrics in finished[1] for name in metrics}
+    documented = {n for n in listed if "/" in n or n == "step"}
+    seconds = {n for n in written if n.startswith("seconds/")}
+    assert written - seconds == documented - {"seconds/*"}
+    assert seconds <= {
+        f"seconds/{s}"
+        for s in ("generate", "score", "judge", "branch", "tree", "update", "other", "evaluate",
+                  "step")
+    }  # fmt: skip
+
+
+def test_example_trees_hold_text_values_and_importance(finished):
+    folder, _ = finished
+    trees = sorted((folder / "trees").glob("*.json"))
+    assert [t.name for t in trees] == [f"step_00000{s}.json" for s in (1, 2, 3)]
+    tree = json.loads(trees[0].read_text())
+    leaves = tree["leaves"]
+    assert 0 <= tree["value"] <= 1
+    assert abs(tree["value"] - sum(leaf["reward"] for leaf in leaves) / len(leaves)) < 1e-6
+    roots = {leaf["row"]: leaf for leaf in leaves if leaf["row"] == leaf["root"]}
+    for leaf in leaves:
+        assert leaf["root"] in roots
+        if leaf["row"] != leaf["root"]:
+            root = roots[leaf["root"]]
+            shared = [s["text"] for s in root["steps"] if s["start"] < leaf["split"]]
+            assert [s["text"] for s in leaf["steps"]][: len(shared)] == shared
+            branched = [s for s in root["steps"] if s["start"] == leaf["split"]]
+            assert branched
+            assert branched[0]["fci"] > 0
+
+
+class CrashError(Exception):
+    pass
+
+
+class CrashingTerminal(Terminal):
+    """Stops the run while it works on a step, as a machine that goes away would."""
+
+    def __init__(self, stage, occurrence):
+        super().__init__(3, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        self._left = occurrence
+        self._stage = stage
+
+    def stage(self, name):
+        self._left -= name == self._stage
+        if self._left < 0:
+            raise CrashError
+
+
+@pytest.mark.parametrize(("stage", "occurrence"), [("generate", 2), ("update", 1)])
+def test_a_run_that_was_stopped_continues_as_if_it_had_not(finished, tmp_path, stage, occurrence):
+    _, expected = finished
+    folder = tmp_path / "stopped"
+    with pytest.raises(CrashError):
+        execute(small(attnrl_graph.get_config()), folder, CrashingTerminal(stage, occurrence))
+    assert 0 < len(read_metrics(folder / "metrics.jsonl")) < len(expected)
+    history = execute(small(attnrl_graph.get_config()), folder)
+    assert without_clock(history) == without_clock(expected)
+    assert without_clock(read_metrics(folder / "metrics.jsonl")) == without_clock(expected)
+
+
+def test_metrics_after_the_last_checkpoint_are_written_again(finished, tmp_path):
+    """A line for a step that is not in a checkpoint, or half a line, is not kept."""
+    _, expected = finished
+    folder = tmp_path / "stopped"
+    with pytest.raises(CrashError):
+        execute(small(attnrl_graph.get_config()), folder, CrashingTerminal("generate", 2))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/accuracy": 9.0}\n{"step": 3, "tra')
+    history = execute(small(attnrl_graph.get_config()), folder)
+    assert without_clock(history) == without_clock(expected)
+
+
+def test_a_finished_run_only_reports(finished):
+    folder, history = finished
+    assert execute(small(attnrl_graph.get_config()), folder) == history
+
+
+def hf_config(**data):
+    config = small(attnrl_hf.get_config(), steps=1)
+    config.model.path = str(TINY_MODEL)
+    config.prompt_budget = 256
+    config.response_budget = 64
+    config.data.update(data)
+    return config
+
+
+def test_a_model_folder_and_a_file_of_problems(tmp_path):
+    """Bytes as tokens, answers by math-verify; over-long prompts are skipped and counted."""
+    path = tmp_path / "problems.jsonl"
+    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(60)]
+    rows += [{"problem": "x" * 300 + str(i), "answer": "1"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    history = execute(hf_config(train=str(path)), tmp_path / "run")
+    # A random model boxes nothing: the step is healthy, and skipped.
+    assert history[1]["step/skipped"] == 1.0
+    assert history[1]["problems/skipped_prompts_total"] > 0
+    assert history[1]["tokens/sampled"] > 0
+
+
+def test_gsm8k(tmp_path):
+    if not GSM8K.exists():
+        pytest.skip("needs ../shared/data")
+    with gzip.open(GSM8K, "rt") as source:
+        lines = [next(source) for _ in range(100)]
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text("".join(lines))
+    history = execute(hf_config(train=str(path)), tmp_path / "run")
+    assert history[-1]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: c.model.update(path="/nowhere"), ModelError, "no model at /nowhere"),
+        (lambda c: c.data.update(train="/nowhere.jsonl"), DataError, "/nowhere.jsonl"),
+        (lambda c: c.update(response_budget=4096), SettingError, "has only 1024 positions"),
+        (lambda c: c.update(prompt_budget=2), DataError, "prompt_budget=2"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path, change, error, message):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(f'{{"problem": "p{i}", "answer": "{i}"}}\n' for i in range(50)))
+    config = hf_config(train=str(path))
+    change(config)
+    with pytest.raises(error, match=re.escape(message)):
+        execute(config, tmp_path / "run")
+
+
+def test_the_folder_of_another_run_is_refused(finished):
+    folder, _ = finished
+    before = (folder / "config.json").read_text()
+    config = small(attnrl_graph.get_config())
+    config.optimizer.learning_rate = 1.0
+    with pytest.raises(RunError, match=r"another run; optimizer.learning_rate: 0.0003 there, 1.0"):
+        claim_folder(folder, config)
+    assert (folder / "config.json").read_text() == before
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match="no run folder"):
+        claim_folder(tmp_path, attnrl_graph.get_config())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def command(*arguments):
+    """The run command as a user types it, on one device."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.run", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    done = command(
+        "--config.steps=1", "--config.num_problems=4", "--config.data.held_out_size=16",
+        f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(r"held-out accuracy: [01]\.\d{3} -> [01]\.\d{3} \(n=16\)", last)
+    # The example tree, with the FCI of its steps and the verdict of its branches.
+    assert "FCI before each step" in done.stdout
+    assert "branch, advantage" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_readmes_command_for_other_models(tmp_path):
+    """As printed, with a folder and a file put in."""
+    text = (ROOT / "README.md").read_text()
+    [printed] = re.findall(r"\.venv/bin/python -m experiments\.run (--config=[^`]*?)\n```", text)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"problem": "p{i}", "answer": "{i}"}}\n' for i in range(50)))
+    words = shlex.split(printed.replace("\\\n", " "))
+    given = {"DIR": str(TINY_MODEL), "FILE.jsonl": str(problems), "runs/mine": str(tmp_path / "r")}
+    words = [
+        f"{name}={given.get(value, value)}" for name, value in (w.split("=", 1) for w in words)
+    ]
+    small_enough = ["steps=1", "num_problems=2", "response_budget=32", "data.held_out_size=4"]
+    done = command(*words, *[f"--config.{s}" for s in small_enough])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "held-out accuracy: 0.000 -> 0.000 (n=4)"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.method=ppo", "error: method must be one of attnrl, treerl, random, grpo"),
+        ("--config.stepz=3", "stepz"),
+        ("--config.steps=many", "steps"),
+    ],
+)
+def test_errors_are_a_line_and_not_a_traceback(argument, message):
+    done = command(argument)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
