@@ -223,7 +223,10 @@ class Terminal:
     """Progress of a run: a table of metrics, and in a terminal a bar below it."""
 
     def __init__(self, steps: int, console: Console | None = None):
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or Console()
+        if not self.console.is_terminal:
+            # Nobody said how wide a file is; the usual guess of 80 columns cuts trees short.
+            self.console.width = 120
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -251,8 +254,12 @@ class Terminal:
     def step(self, metrics: dict[str, float]) -> None:
         """Prints one row of metrics."""
         if self._printed % 20 == 0:
-            self.console.print(" ".join(f"{heading:>8}" for _, heading, _ in COLUMNS), style="bold")
+            self.console.print(
+                " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS), style="bold", soft_wrap=True
+            )
         cells = (form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS)
-        self.console.print(" ".join(f"{cell:>8}" for cell in cells), highlight=False)
+        self.console.print(
+            " ".join(f"{cell:>8}" for cell in cells), highlight=False, soft_wrap=True
+        )
         self._printed += 1
         self._progress.update(self._task, completed=metrics["step"])

@@ -14,30 +14,25 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from attnrl_jax.models.config import ModelError
 from attnrl_jax.sharding import make_mesh, parameter_shardings
-from attnrl_jax.tasks.problems import DataError
 from attnrl_jax.training.checkpoint import Checkpointer
 from attnrl_jax.training.loop import evaluate, start, train_steps
 from attnrl_jax.training.stages import Setup
 from attnrl_jax.training.state import TrainState, init_state
 from experiments import reporting
-from experiments.settings import SettingError, Settings, build
+from experiments.settings import Settings, build
 from experiments.tasks import build_task, load_policy
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 # Settings that may differ when a run is continued: they do not change what a step computes.
 FREE_TO_CHANGE = ("steps", "checkpoint_every")
-
-_CONFIG = config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; by default a new one under runs/.")
-_DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks of errors.")
 
 
 class RunError(ValueError):
@@ -166,29 +161,47 @@ def result_line(history: list[dict[str, float]]) -> str:
     )
 
 
+def stop(error: Exception | str) -> NoReturn:
+    """Ends the command with an error in one paragraph."""
+    print(f"error: {str(error).strip()}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        stop(f"unexpected arguments: {' '.join(argv[1:])}")
     # Orbax reports every file it closes at INFO.
     logging.set_verbosity(logging.WARNING)
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     try:
         settings = build(config)
-        folder = Path(
-            _WORKDIR.value or f"runs/{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-        ).absolute()
+        name = f"{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(flags.FLAGS.workdir or Path("runs") / name).absolute()
         claim_folder(folder, config)
         with reporting.Terminal(settings.train.steps) as terminal:
             terminal.console.print(f"run folder: {folder}")
             history = run(settings, folder, terminal)
-    except (SettingError, ModelError, DataError, RunError, ValueError, OSError) as error:
-        if _DEBUG.value:
+    except (ValueError, OSError) as error:
+        if flags.FLAGS.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(error)
     print(f"metrics, trees, checkpoints and curve.png are in {folder}")
     print(result_line(history))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line. Flags are defined here, so that importing this file does nothing."""
+    try:
+        config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
+    except (AttributeError, KeyError) as error:
+        # ml_collections applies --config.name=value as soon as the flag is defined.
+        stop("unknown setting " + " ".join(str(error).strip("'\"").split("\\n")))
+    except (TypeError, ValueError, OSError, SyntaxError) as error:
+        stop(error)
+    flags.DEFINE_string("workdir", None, "Run folder; by default a new one under runs/.")
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
     app.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -149,7 +149,7 @@ def test_the_batch_size_follows_the_rows_that_survive(golden):
 
 
 def test_nothing_to_learn_leaves_parameters_and_batch_size(golden):
-    setup = tiny_setup(golden, judge=ConstantJudge(), steps=2)
+    setup = tiny_setup(golden, reward=ConstantJudge(), steps=2)
     before = jax.tree.map(np.array, golden.params)
     state, reports, params = run_steps(fresh_state(golden, setup), setup)
     for after in params:

@@ -59,7 +59,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
-def tiny_setup(golden: GoldenModel, judge: Any = None, **changes: Any) -> Setup:
+def tiny_setup(golden: GoldenModel, reward: Any = None, **changes: Any) -> Setup:
     tokenizer = Tokenizer(None, golden.config.vocab_size, (2,))
     problems = [Problem(f"p{i}", f"q{i:03d}", ("1",)) for i in range(50)]
     task = Task(
@@ -67,7 +67,7 @@ def tiny_setup(golden: GoldenModel, judge: Any = None, **changes: Any) -> Setup:
         held_out=problems[:6],
         tokenizer=tokenizer,
         prompt=lambda problem: tokenizer.encode(problem.text),
-        judge=judge or ChecksumJudge(),
+        judge=reward or ChecksumJudge(),
     )
     return Setup(task, golden.config, tiny_config(**changes))
 
