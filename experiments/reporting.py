@@ -254,12 +254,10 @@ class Terminal:
     def step(self, metrics: dict[str, float]) -> None:
         """Prints one row of metrics."""
         if self._printed % 20 == 0:
-            self.console.print(
-                " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS), style="bold", soft_wrap=True
-            )
+            heading = " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+            self.console.print(heading, style="bold", soft_wrap=True)
         cells = (form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS)
-        self.console.print(
-            " ".join(f"{cell:>8}" for cell in cells), highlight=False, soft_wrap=True
-        )
+        row = " ".join(f"{cell:>8}" for cell in cells)
+        self.console.print(row, highlight=False, soft_wrap=True)
         self._printed += 1
         self._progress.update(self._task, completed=metrics["step"])
