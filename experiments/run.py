@@ -195,7 +195,8 @@ def command() -> None:
         config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
     except (AttributeError, KeyError) as error:
         # ml_collections applies --config.name=value as soon as the flag is defined.
-        stop(f"unknown setting {' '.join(str(error.args[0]).split())}")
+        words = str(error).replace("\\n", ". ").replace("\\", "")
+        stop("unknown setting " + words.replace("'", "").replace('"', ""))
     except (TypeError, ValueError, OSError, SyntaxError) as error:
         stop(error)
     flags.DEFINE_string("workdir", None, "Run folder; by default a new one under runs/.")
