@@ -120,7 +120,7 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     state, problems = _advance(state, setup)
     state, problems = _advance(state, setup)
     prompts = [setup.task.prompt(problem) for problem in problems]
-    requests = rollout.initial_requests(prompts, setup.config, version=0)
+    requests = rollout.initial_requests(prompts, setup.config, batch=1)
     params = state.train.params
     [samples], tokens = generate(params, setup, [requests], watch)
     initial = initial_batch(params, setup, problems, prompts, samples, 0, watch)
@@ -165,12 +165,12 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         next_problems = _problems_at(state.next_start, state.next_count, setup)
         state, _ = _advance(state, setup)
         next_prompts = [task.prompt(problem) for problem in next_problems]
-        next_requests = rollout.initial_requests(next_prompts, config, version)
+        next_requests = rollout.initial_requests(next_prompts, config, batch=step + 1)
     else:
         state, _ = _advance(state, setup)
         problems = _problems_at(state.next_start, state.next_count, setup)
         prompts = [task.prompt(problem) for problem in problems]
-        requests = rollout.initial_requests(prompts, config, version)
+        requests = rollout.initial_requests(prompts, config, batch=step)
         [samples], sampled = generate(params, setup, [requests], watch)
         initial = initial_batch(params, setup, problems, prompts, samples, version, watch)
         next_requests = []

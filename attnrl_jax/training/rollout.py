@@ -26,14 +26,15 @@ def seed_of(*parts: int) -> int:
 
 
 def initial_requests(
-    prompts: Sequence[np.ndarray], config: TrainConfig, version: int
+    prompts: Sequence[np.ndarray], config: TrainConfig, batch: int
 ) -> list[Request]:
     """One request per problem: n initial responses, or n (1 + N C) where nothing branches.
 
     Args:
       prompts: ids of each problem's prompt.
       config: of training.
-      version: number of the parameters that will sample; part of the seed.
+      batch: number t of the batch b_t these problems are; part of the seed. (The version of the
+        parameters would not do: θ_0 samples both b_1 and b_2.)
     """
     branches = config.branching.rule != "none"
     count = config.num_responses if branches else config.rows_per_problem
@@ -42,7 +43,7 @@ def initial_requests(
             prefix=prompt,
             num_samples=count,
             budget=config.response_budget,
-            seed=seed_of(config.seed, INITIAL, version, index),
+            seed=seed_of(config.seed, INITIAL, batch, index),
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,

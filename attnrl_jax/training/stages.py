@@ -64,6 +64,12 @@ class Setup:
     reference: Any = None
     on_stage: Callable[[str], None] = lambda stage: None
 
+    def __post_init__(self) -> None:
+        if self.reference is None and self.config.loss.kl_beta > 0:
+            raise ValueError(
+                f"loss.kl_beta is {self.config.loss.kl_beta}, but there is no reference policy"
+            )
+
 
 class Stopwatch:
     """Seconds per stage of one step, and how its answers were judged."""
@@ -171,7 +177,7 @@ def train_rows(
     kept = jax.tree.map(lambda x: x[trained], rows)
     mask = rollout.response_tokens(kept)
     reference = np.zeros_like(kept.logprobs)
-    if setup.reference is not None and config.loss.kl_beta > 0:
+    if config.loss.kl_beta > 0:
         reference = score_rows(
             setup.reference, setup.model, kept.tokens, kept.length, kept.step_ids,
             config.temperature, delta=config.branching.delta, with_fci=False,

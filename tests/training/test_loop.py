@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
+from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
 from attnrl_jax.scoring import score
+from attnrl_jax.tasks.problems import Problem, ProblemStream
 from attnrl_jax.training.loop import evaluate
 from attnrl_jax.training.rollout import own_tokens, response_tokens
 from tests.training.tiny import ChecksumJudge, ConstantJudge, fresh_state, run_steps, tiny_setup
@@ -221,6 +223,35 @@ def test_continuations_may_be_judged_on_their_own_text(golden):
     ]
     # Warm-up, then the continuations, then the initial responses of the next batch.
     assert calls[1] == own
+
+
+def test_the_penalty_is_towards_the_reference(golden):
+    """The policy starts at the reference, where the divergence is 0, and leaves it."""
+    setup = tiny_setup(
+        golden, reference=golden.params, loss=LossConfig(kl_beta=1e-3), steps=2,
+        schedule="on_policy", mini_batch_rows=1000,
+    )  # fmt: skip
+    _, reports, _ = run_steps(fresh_state(golden, setup), setup)
+    first, second = (report.metrics["update/kl"] for report in reports)
+    assert abs(first) < 1e-6
+    assert second > 1e-4
+
+
+def test_a_penalty_needs_a_reference(golden):
+    with pytest.raises(ValueError, match=r"loss.kl_beta is 0.001, but there is no reference"):
+        tiny_setup(golden, loss=LossConfig(kl_beta=1e-3))
+
+
+def test_batches_draw_noise_of_their_own(golden):
+    """A bug: b_1 and b_2 are both sampled by θ_0, and shared their seeds through its number."""
+    setup = tiny_setup(golden, steps=1)
+    same = Problem("same", "q", ("1",))
+    stream = ProblemStream([same], seed=0)
+    setup = dataclasses.replace(setup, task=dataclasses.replace(setup.task, stream=stream))
+    state = fresh_state(golden, setup)
+    first = state.batch.tokens.copy()
+    state, _, _ = run_steps(state, setup)
+    assert not np.array_equal(first, state.batch.tokens)
 
 
 def test_evaluation_repeats_itself(golden):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
 from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.tasks.judging import JudgeCounts, Verdicts
@@ -53,13 +54,16 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "score_batch_rows": 16,
         "length_multiple": 32,
         "branching": BranchingConfig(delta=1, min_distance=0),
+        "loss": LossConfig(kl_beta=0.0),
         "optimizer": OptimizerConfig(learning_rate=1e-2),
         "sampler": SamplerConfig(slots=16, chunk=16, prefill_rows=8, length_bucket=32),
     }
     return TrainConfig(**(values | changes))
 
 
-def tiny_setup(golden: GoldenModel, reward: Any = None, **changes: Any) -> Setup:
+def tiny_setup(
+    golden: GoldenModel, reward: Any = None, reference: Any = None, **changes: Any
+) -> Setup:
     tokenizer = Tokenizer(None, golden.config.vocab_size, (2,))
     problems = [Problem(f"p{i}", f"q{i:03d}", ("1",)) for i in range(50)]
     task = Task(
@@ -69,7 +73,7 @@ def tiny_setup(golden: GoldenModel, reward: Any = None, **changes: Any) -> Setup
         prompt=lambda problem: tokenizer.encode(problem.text),
         judge=reward or ChecksumJudge(),
     )
-    return Setup(task, golden.config, tiny_config(**changes))
+    return Setup(task, golden.config, tiny_config(**changes), reference=reference)
 
 
 def fresh_state(golden: GoldenModel, setup: Setup) -> LoopState:
