@@ -152,13 +152,14 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
 
     # Draw, and on-policy sample the initial responses at once.
     if state.step > 0 and state.surviving_rows > 0:
-        state = dataclasses.replace(
-        state,
-            batch_size=next_batch_size(
-                state.batch_size, config.num_problems, config.rows_per_problem,
-                state.surviving_rows, config.batch_size,
-            )
-        )  # fmt: skip
+        size = next_batch_size(
+            state.batch_size,
+            config.num_problems,
+            config.rows_per_problem,
+            state.surviving_rows,
+            config.batch_size,
+        )
+        state = dataclasses.replace(state, batch_size=size)
     if off_policy:
         problems = _problems_at(state.batch_start, state.batch_count, setup)
         initial = state.batch

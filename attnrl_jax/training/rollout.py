@@ -153,7 +153,8 @@ def plan_branches(
       rng: for random subsets and random positions.
     """
     after_think = np.asarray(end_of_thinking(initial.tokens, initial.step_ids, separators))
-    fci = np.asarray(mask_candidates(initial.fci, config.branching.zero_first, after_think))
+    refused = None if config.branching.after_think else after_think
+    fci = np.asarray(mask_candidates(initial.fci, config.branching.zero_first, refused))
     positions = branch_positions(
         config.branching,
         fci=fci,
