@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import forward, unembed
+from attnrl_jax.shapes import bucket_length, pad_rows
 from attnrl_jax.sharding import BATCH, constrain
 from attnrl_jax.types import ArrayLike, Scores
 
@@ -123,11 +124,6 @@ def score(
     return Scores(jnp.where(inside, logprobs, 0.0), jnp.where(inside, entropy, 0.0), fci)
 
 
-def bucket_length(length: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that holds `length`: one compiled program per bucket."""
-    return max(-(-length // multiple), 1) * multiple
-
-
 def score_rows(
     params: Any,
     config: ModelConfig,
@@ -141,6 +137,7 @@ def score_rows(
     batch_rows: int,
     length_multiple: int,
     sharding: jax.sharding.Sharding | None = None,
+    row_multiple: int = 1,
 ) -> Scores:
     """`score` for any number of host rows, in batches of a few fixed shapes.
 
@@ -154,7 +151,9 @@ def score_rows(
       batch_rows: rows of one batch; the last one is padded with empty rows.
       length_multiple: widths are rounded up to it.
       sharding: of a batch's rows over devices.
+      row_multiple: rows of a batch are rounded up to it.
     """
+    batch_rows = bucket_length(batch_rows, row_multiple)
     rows, time = tokens.shape
     result = Scores(*(np.zeros((rows, time), np.float32) for _ in range(3)))
     order = np.argsort(lengths, kind="stable")
@@ -182,14 +181,3 @@ def score_rows(
             width = min(time, source.shape[1])
             target[chosen, :width] = source[: len(chosen), :width]
     return result
-
-
-def pad_rows(x: np.ndarray, rows: int, width: int | None, fill: int | float) -> np.ndarray:
-    """Pads with `fill` to `rows` rows, and cuts or pads the second axis to `width` if given."""
-    if width is not None:
-        x = x[:, :width]
-    widths = [(0, rows - x.shape[0])]
-    if width is not None:
-        widths.append((0, width - x.shape[1]))
-    widths += [(0, 0)] * (x.ndim - len(widths))
-    return np.pad(x, widths, constant_values=fill)

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attnrl_jax"
 
-BELOW_MODELS = {"types", "sharding", "branching", "algorithms"}
+BELOW_MODELS = {"types", "shapes", "sharding", "branching", "algorithms"}
 BELOW_TRAINING = BELOW_MODELS | {"models", "sampling", "scoring", "tasks"}
 # What each room of the package may import of the others.
 MAY_IMPORT = {
     "types": set(),
+    "shapes": set(),
     "branching": {"types", "algorithms"},
     "algorithms": {"types", "branching"},
     "sharding": {"types"},

@@ -15,11 +15,6 @@ from attnrl_jax.models.transformer import KeyValues
 from attnrl_jax.sharding import CACHE_SPEC, constrain
 
 
-def bucket_length(length: int, bucket: int) -> int:
-    """The least positive multiple of `bucket` that holds `length`, so that few shapes occur."""
-    return max(1, -(-length // bucket)) * bucket
-
-
 def constrain_cache(cache: KeyValues) -> KeyValues:
     """Pins the cache to its layout under the current mesh."""
     return jax.tree.map(lambda x: constrain(x, *CACHE_SPEC), cache)

@@ -12,7 +12,6 @@ import numpy as np
 
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import KeyValues
-from attnrl_jax.sampling.cache import bucket_length
 from attnrl_jax.sampling.engine import (
     Admissions,
     DecodeState,
@@ -23,6 +22,7 @@ from attnrl_jax.sampling.engine import (
     prefill,
 )
 from attnrl_jax.sampling.requests import Request, check_requests, request_key
+from attnrl_jax.shapes import bucket_length
 
 
 @dataclass(frozen=True)

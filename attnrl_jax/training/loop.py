@@ -224,7 +224,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
             train, losses = update(
                 state.train, setup.model, config, batch, rows.problem[trained],
                 np.random.default_rng([config.seed, rollout.UPDATE, step]),
-                *layout(setup.mesh),
+                **layout(setup.mesh),
             )  # fmt: skip
             metrics |= {f"update/{name}": value for name, value in losses.items()}
     survivors = int(trained.sum())

@@ -87,9 +87,11 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def layout(mesh: Mesh | None) -> tuple[jax.sharding.Sharding | None, int]:
-    """Sharding of a batch's rows, and what their number is a multiple of."""
-    return (None, 1) if mesh is None else (batch_sharding(mesh), batch_devices(mesh))
+def layout(mesh: Mesh | None) -> dict[str, Any]:
+    """Sharding of a batch's rows over devices, and what their number is a multiple of."""
+    if mesh is None:
+        return {}
+    return {"sharding": batch_sharding(mesh), "row_multiple": batch_devices(mesh)}
 
 
 def generate(
@@ -139,7 +141,7 @@ def score(
             params, setup.model, rows.tokens, rows.length, rows.step_ids,
             config.temperature, delta=config.branching.delta, with_fci=with_fci,
             batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
-            sharding=layout(setup.mesh)[0],
+            **layout(setup.mesh),
         )  # fmt: skip
         own = rollout.own_tokens(rows)
         logprobs = scores.logprobs if config.behaviour == "scorer" else rows.logprobs
@@ -182,7 +184,7 @@ def train_rows(
             setup.reference, setup.model, kept.tokens, kept.length, kept.step_ids,
             config.temperature, delta=config.branching.delta, with_fci=False,
             batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
-            sharding=layout(setup.mesh)[0],
+            **layout(setup.mesh),
         ).logprobs  # fmt: skip
     return TrainRows(
         tokens=kept.tokens,

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from attnrl_jax.algorithms.losses import LossConfig, LossMetrics, policy_loss
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import forward
-from attnrl_jax.scoring import pad_rows, token_logprobs
+from attnrl_jax.scoring import token_logprobs
+from attnrl_jax.shapes import pad_rows
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, TrainState, make_optimizer
 from attnrl_jax.types import TrainRows
 

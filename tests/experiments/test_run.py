@@ -71,6 +71,17 @@ def test_a_run_leaves_its_folder(finished):
     assert re.fullmatch(r"held-out accuracy: 0\.\d{3} -> 0\.\d{3} \(n=16\)", result_line(history))
 
 
+def test_the_shipped_policy_branches_by_attention(finished):
+    """At the default run's delta, distance and budgets, importance finds positions to spend."""
+    _, history = finished
+    positions = branched = 0
+    for metrics in history[1:]:
+        assert metrics["branching/by_importance"] >= 0.8
+        positions += metrics["branching/positions"]
+        branched += metrics["branching/responses_expanded"]
+    assert positions >= 0.8 * 2 * branched > 0
+
+
 def test_metrics_are_those_of_the_readme(finished):
     """Every metric that a run writes has its line in the README, and the other way round."""
     listed = set()

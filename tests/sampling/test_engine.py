@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attnrl_jax.models.transformer import KeyValues, Transformer, forward, unembed
-from attnrl_jax.sampling.cache import append_token, bucket_length, empty_cache, fork_rows
+from attnrl_jax.sampling.cache import append_token, empty_cache, fork_rows
 from attnrl_jax.sampling.engine import (
     Admissions,
     Sampling,
@@ -21,6 +21,7 @@ from attnrl_jax.sampling.engine import (
     sample_tokens,
     truncate_logits,
 )
+from attnrl_jax.shapes import bucket_length
 
 
 @pytest.mark.parametrize(("length", "wanted"), [(0, 64), (1, 64), (64, 64), (65, 128)])
