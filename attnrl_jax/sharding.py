@@ -80,6 +80,12 @@ def _path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def _parameter_spec(path: tuple[Any, ...], leaf: Any, sizes: Mapping[str, int]) -> PartitionSpec:
+    name = _path_name(path)
+    spec = next(spec for pattern, spec in PARAMETER_SPECS if re.search(pattern, name))
+    return PartitionSpec() if len(spec) > len(leaf.shape) else _fit(spec, leaf.shape, sizes)
+
+
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """`NamedSharding` for every leaf of parameters or of an optimizer state that mirrors them.
 
@@ -87,15 +93,27 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
       tree: pytree of arrays or of `jax.ShapeDtypeStruct`.
       mesh: from `make_mesh`.
     """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _parameter_spec(path, leaf, mesh.shape)), tree
+    )
 
-    def sharding(path, leaf):
-        name = _path_name(path)
-        spec = next(spec for pattern, spec in PARAMETER_SPECS if re.search(pattern, name))
-        if len(spec) > len(leaf.shape):
-            spec = PartitionSpec()
-        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh.shape))
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+def constrain_parameters(tree: Any) -> Any:
+    """Pins parameters, gradients or optimizer moments to the table under the current mesh.
+
+    Does nothing without a mesh. Without it XLA may replicate what has no input to follow, such as
+    an accumulator of zeros.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    sizes = dict(mesh.shape)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.lax.with_sharding_constraint(
+            leaf, _parameter_spec(path, leaf, sizes)
+        ),
+        tree,
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

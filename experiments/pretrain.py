@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -296,23 +297,30 @@ def show(console: Console, careful: Any, mixture: Any) -> None:
 def save(
     out: Path, params: Any, tokenizer: PreTrainedTokenizerFast, report: Mapping[str, Any]
 ) -> None:
-    """Writes the Hugging Face folder and `report.json`."""
+    """Writes the Hugging Face folder and `report.json`, whole or not at all."""
     end = tokenizer.eos_token_id
-    save_folder(out, params, model_config(), end_ids=(end,))
-    tokenizer.save_pretrained(out)
     generation = {"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id, "temperature": 1.0}
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
+        folder = Path(staging) / out.name
+        save_folder(folder, params, model_config(), end_ids=(end,))
+        tokenizer.save_pretrained(folder)
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        folder.replace(out)
 
 
 def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
     """Trains, measures, saves the policy into `out`, and returns the report.
 
     Raises:
-      ValueError: `out` exists and is not empty.
+      ValueError: `out` exists and is not an empty folder.
+      OSError: its parent cannot be written to.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out={out}: exists and is not empty")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={out}: exists and is not an empty folder")
+    # Found out now, and not after the training.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
     console = Console()
     start = time.monotonic()
     backend = build_tokenizer()
@@ -350,7 +358,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         pretrain(arguments.out, PretrainConfig(seed=arguments.seed))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

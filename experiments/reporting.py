@@ -56,8 +56,7 @@ class RunFolder:
         """Appends one step's metrics to `metrics.jsonl` and TensorBoard."""
         self.history.append(metrics)
         with self._metrics.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
         for name, value in metrics.items():
             if name != "step":
                 self._events.add_scalar(name, value, metrics["step"])
@@ -100,15 +99,18 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Metrics written so far; a last line that was cut off by a crash is left out."""
+    """Metrics written so far, up to the first line that is none: one that a crash cut off."""
     if not path.exists():
         return []
     metrics = []
     for line in path.read_text().splitlines():
         try:
-            metrics.append(json.loads(line))
+            read = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(read, dict) or "step" not in read:
+            break
+        metrics.append(read)
     return metrics
 
 
@@ -222,8 +224,8 @@ def _escape(text: str) -> str:
 class Terminal:
     """Progress of a run: a table of metrics, and in a terminal a bar below it."""
 
-    def __init__(self, steps: int, console: Console | None = None):
-        self.console = console or Console()
+    def __init__(self, steps: int, console: Console):
+        self.console = console
         if not self.console.is_terminal:
             # Nobody said how wide a file is; the usual guess of 80 columns cuts trees short.
             self.console.width = 120

@@ -10,9 +10,12 @@ makes. The same `--workdir` continues a run that was stopped.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,30 +23,33 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from rich.console import Console
 
 from attnrl_jax.sharding import make_mesh, parameter_shardings
 from attnrl_jax.training.checkpoint import Checkpointer
-from attnrl_jax.training.loop import evaluate, start, train_steps
+from attnrl_jax.training.loop import evaluate, finished, start, train_steps
 from attnrl_jax.training.stages import Setup
 from attnrl_jax.training.state import TrainState, init_state
 from experiments import reporting
-from experiments.settings import Settings, build
+from experiments.settings import build
 from experiments.tasks import build_task, load_policy
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 # Settings that may differ when a run is continued: they do not change what a step computes.
-FREE_TO_CHANGE = ("steps", "checkpoint_every")
+FREE_TO_CHANGE = ("steps", "max_sampled_tokens", "checkpoint_every")
 
 
 class RunError(ValueError):
     """A run folder that cannot be used."""
 
 
-def claim_folder(folder: Path, config: ConfigDict) -> None:
-    """Makes a run folder, or checks that the one there is of the same configuration.
+@contextmanager
+def claimed(folder: Path, config: ConfigDict) -> Iterator[None]:
+    """Holds a run folder: makes it, or checks that the one there is of the same configuration.
 
     Raises:
-      RunError: it belongs to another run (the difference is named), or holds other files.
+      RunError: it belongs to another run (the difference is named), holds other files, or is in
+        use by another process.
     """
     path = folder / "config.json"
     values = json.loads(config.to_json_best_effort())
@@ -59,10 +65,16 @@ def claim_folder(folder: Path, config: ConfigDict) -> None:
         ]
         if differences:
             raise RunError(f"{folder} is the folder of another run; " + "; ".join(differences))
-    elif folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} holds files but no config.json: it is no run folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists, but has no config.json: it is no run folder")
     folder.mkdir(parents=True, exist_ok=True)
-    reporting.write_atomically(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder} is in use by another process") from error
+        reporting.write_atomically(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+        yield
 
 
 def _differences(old: object, new: object, name: str = "") -> list[tuple[str, object, object]]:
@@ -75,72 +87,74 @@ def _differences(old: object, new: object, name: str = "") -> list[tuple[str, ob
     return [] if old == new else [(name, old, new)]
 
 
-def run(settings: Settings, folder: Path, terminal: reporting.Terminal) -> list[dict[str, float]]:
-    """Runs, or continues, a run in its folder.
+def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, float]]:
+    """Runs, or continues, a run in its folder. Nothing is written before all was checked.
 
     Args:
-      settings: of the run.
-      folder: claimed by `claim_folder`.
-      terminal: shows progress.
+      config: of the run.
+      folder: of the run.
+      console: shows progress.
 
     Returns:
       metrics of every step, the first of them step 0, before training.
 
     Raises:
-      ModelError, DataError, SettingError: what was given cannot be used.
+      SettingError, ModelError, DataError, RunError, CheckpointError: what was given cannot be
+        used.
     """
-    _, model, params, tokenizer = load_policy(settings)
-    task = build_task(settings, tokenizer)
+    settings = build(config)
+    model, params, tokenizer = load_policy(settings)
+    task, skipped = build_task(settings, tokenizer)
     mesh = make_mesh(settings.mesh)
-    checkpointer = Checkpointer(folder / "checkpoints")
+    terminal = reporting.Terminal(settings.train.steps, console)
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), claimed(folder, config), terminal:
+            console.print(f"run folder: {folder}", soft_wrap=True)
+            if skipped:
+                console.print(f"{skipped} held-out problems skipped: prompts that do not fit")
             params = jax.device_put(params, parameter_shardings(params, mesh))
             # A copy: the update gives the policy's own buffers away.
             reference = jax.tree.map(jnp.copy, params) if settings.train.loss.kl_beta > 0 else None
             setup = Setup(task, model, settings.train, mesh, reference, on_stage=terminal.stage)
-            train = init_state(params, settings.train.optimizer, mesh)
-            return _run(setup, folder, checkpointer, train, terminal)
+            return _run(setup, folder, init_state(params, settings.train.optimizer, mesh), terminal)
     finally:
-        checkpointer.close()
         task.judge.close()
 
 
 def _run(
-    setup: Setup,
-    folder: Path,
-    checkpointer: Checkpointer,
-    train: TrainState,
-    terminal: reporting.Terminal,
+    setup: Setup, folder: Path, train: TrainState, terminal: reporting.Terminal
 ) -> list[dict[str, float]]:
-    done = checkpointer.latest_step()
-    files = reporting.RunFolder(folder, last_step=-1 if done is None else done)
-    if done is None:
-        state = start(setup, train)
-        record(files, terminal, {"step": 0} | evaluate(state, setup))
-        checkpointer.save(state)
-    else:
-        state = checkpointer.restore(train)
-        terminal.console.print(f"continuing {folder} after step {state.step}")
     config = setup.config
-    tree = None
-    for state, report in train_steps(state, setup):  # noqa: B020 (the loop's state goes on)
-        metrics = report.metrics
-        last = state.step == config.steps
-        if last or (config.eval_every and state.step % config.eval_every == 0):
-            metrics |= evaluate(state, setup)
-        example = reporting.example_tree(report, setup.task.tokenizer)
-        if example is not None:
-            files.write_tree(state.step, example)
-            tree = example
-        record(files, terminal, metrics)
-        if last or state.step % config.checkpoint_every == 0:
-            checkpointer.save(state)
-    if tree is not None:
-        terminal.console.print(reporting.draw_tree(tree))
-    files.plot()
-    files.close()
-    return files.history
+    with closing(Checkpointer(folder / "checkpoints")) as checkpointer:
+        done = checkpointer.latest_step()
+        if done is None:
+            begin = time.perf_counter()
+            state = start(setup, train)
+            warm_up = {"step": 0, "seconds/warm_up": time.perf_counter() - begin}
+        else:
+            state = checkpointer.restore(train)
+            terminal.console.print(f"continuing after step {state.step}")
+        with closing(reporting.RunFolder(folder, -1 if done is None else done)) as files:
+            if done is None:
+                record(files, terminal, warm_up | evaluate(state, setup))
+                checkpointer.save(state)
+            tree = None
+            for state, report in train_steps(state, setup):  # noqa: B020 (the state goes on)
+                last = finished(state, config)
+                metrics = report.metrics
+                if last or (config.eval_every and state.step % config.eval_every == 0):
+                    metrics |= evaluate(state, setup)
+                example = reporting.example_tree(report, setup.task.tokenizer)
+                if example is not None:
+                    files.write_tree(state.step, example)
+                    tree = example
+                record(files, terminal, metrics)
+                if last or state.step % config.checkpoint_every == 0:
+                    checkpointer.save(state)
+            if tree is not None:
+                terminal.console.print(reporting.draw_tree(tree))
+            files.plot()
+            return files.history
 
 
 def record(
@@ -161,27 +175,26 @@ def result_line(history: list[dict[str, float]]) -> str:
     )
 
 
-def stop(error: Exception | str) -> NoReturn:
+def stop(error: Exception) -> NoReturn:
     """Ends the command with an error in one paragraph."""
-    print(f"error: {str(error).strip()}", file=sys.stderr)
+    text = str(error).strip()
+    if not isinstance(error, ValueError | OSError):
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        stop(f"unexpected arguments: {' '.join(argv[1:])}")
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     # Orbax reports every file it closes at INFO.
     logging.set_verbosity(logging.WARNING)
-    config = flags.FLAGS.config
     try:
-        settings = build(config)
-        name = f"{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config = flags.FLAGS.config
+        name = f"{config.get('method')}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(flags.FLAGS.workdir or Path("runs") / name).absolute()
-        claim_folder(folder, config)
-        with reporting.Terminal(settings.train.steps) as terminal:
-            terminal.console.print(f"run folder: {folder}")
-            history = run(settings, folder, terminal)
-    except (ValueError, OSError) as error:
+        history = run(config, folder, Console())
+    except Exception as error:
         if flags.FLAGS.debug:
             raise
         stop(error)
@@ -191,17 +204,18 @@ def main(argv: list[str]) -> None:
 
 def command() -> None:
     """The command line. Flags are defined here, so that importing this file does nothing."""
-    try:
-        config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
-    except (AttributeError, KeyError) as error:
-        # ml_collections applies --config.name=value as soon as the flag is defined.
-        words = str(error).replace("\\n", ". ").replace("\\", "")
-        stop("unknown setting " + words.replace("'", "").replace('"', ""))
-    except (TypeError, ValueError, OSError, SyntaxError) as error:
-        stop(error)
     flags.DEFINE_string("workdir", None, "Run folder; by default a new one under runs/.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-    app.run(main)
+    try:
+        config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
+        # ml_collections runs the file, and applies --config.name=value, as flags are parsed.
+        arguments = app.parse_flags_with_usage(sys.argv)
+    except (AttributeError, KeyError) as error:
+        words = str(error).replace("\\n", ". ").replace("\\", "")
+        stop(ValueError("unknown setting " + words.replace("'", "").replace('"', "")))
+    except Exception as error:
+        stop(error)
+    app.run(main, argv=arguments, flags_parser=lambda arguments: arguments)
 
 
 if __name__ == "__main__":

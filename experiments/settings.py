@@ -220,12 +220,15 @@ def _describe(hint: Any) -> str:
 def _check(settings: Settings) -> None:
     """Settings that are each allowed and together make no sense."""
     train, data = settings.train, settings.data
-    if settings.method == "grpo" and train.branching.rule != "none":
+    allowed = {METHODS[settings.method]["branching"]["rule"]}
+    if settings.method == "attnrl":
+        # Its rule may be replaced to see what it is worth; a run without a tree is grpo.
+        allowed |= {"entropy", "random"}
+    if train.branching.rule not in allowed:
         raise SettingError(
-            f"method grpo has no tree: branching.rule must be none; got {train.branching.rule!r}"
+            f"branching.rule is {train.branching.rule!r}, but method {settings.method} has "
+            f"{' or '.join(sorted(allowed))}"
         )
-    if settings.method != "grpo" and train.branching.rule == "none":
-        raise SettingError(f"branching.rule none is method grpo; method is {settings.method!r}")
     if data.held_out and not data.train:
         raise SettingError("data.held_out is given without data.train")
     if data.held_out_size < 1:

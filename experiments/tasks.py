@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
@@ -30,8 +29,8 @@ def shipped_policy() -> Path:
     return Path(str(resources.files("experiments") / "assets" / "policy"))
 
 
-def load_policy(settings: Settings) -> tuple[Path, ModelConfig, Any, Tokenizer]:
-    """Folder, model, parameters and tokenizer of the policy to start from.
+def load_policy(settings: Settings) -> tuple[ModelConfig, Any, Tokenizer]:
+    """Model, parameters and tokenizer of the policy to start from.
 
     Raises:
       ModelError, ValueError: the folder cannot be used, or is too short for the budgets.
@@ -45,11 +44,12 @@ def load_policy(settings: Settings) -> tuple[Path, ModelConfig, Any, Tokenizer]:
             f"{model.max_length} positions"
         )
     tokenizer = load_tokenizer(folder, model.vocab_size, settings.model.tokenizer)
-    return folder, model, load_params(folder, model), tokenizer
+    return model, load_params(folder, model), tokenizer
 
 
-def build_task(settings: Settings, tokenizer: Tokenizer) -> Task:
-    """Problems, prompts and judge.
+def build_task(settings: Settings, tokenizer: Tokenizer) -> tuple[Task, int]:
+    """Problems, prompts and judge; and how many held-out problems were skipped, as training
+    problems are, because their prompts are empty or exceed the budget.
 
     Raises:
       DataError: a file of problems that cannot be used.
@@ -59,7 +59,7 @@ def build_task(settings: Settings, tokenizer: Tokenizer) -> Task:
         return build_prompt(problem.text, tokenizer, settings.prompt)
 
     def fits(problem: Problem) -> bool:
-        return len(prompt(problem)) <= settings.train.prompt_budget
+        return 0 < len(prompt(problem)) <= settings.train.prompt_budget
 
     source: Sequence[Problem] | GraphSource
     if settings.data.train:
@@ -70,11 +70,11 @@ def build_task(settings: Settings, tokenizer: Tokenizer) -> Task:
         evaluated = GraphSource(settings.graph, "held_out", 0, settings.data.held_out_size)
         held_out = [evaluated[i] for i in range(len(evaluated))]
         judge = ExactJudge()
-    held_out = [problem for problem in held_out if fits(problem)]
-    if not held_out:
+    fitting = [problem for problem in held_out if fits(problem)]
+    if not fitting:
         raise DataError(f"no held-out problem fits prompt_budget={settings.train.prompt_budget}")
-    stream = ProblemStream(source, settings.train.seed, {"long_prompt": fits})
-    return Task(stream, held_out, tokenizer, prompt, judge)
+    stream = ProblemStream(source, settings.train.seed, {"prompt": fits})
+    return Task(stream, fitting, tokenizer, prompt, judge), len(held_out) - len(fitting)
 
 
 def _file_problems(settings: Settings) -> tuple[list[Problem], list[Problem]]:
@@ -88,14 +88,11 @@ def _file_problems(settings: Settings) -> tuple[list[Problem], list[Problem]]:
         held_out = by_hash[: min(settings.data.held_out_size, len(train) // 5)]
     texts = {problem.text for problem in held_out}
     rest = [problem for problem in train if problem.text not in texts]
-    if not rest or not held_out:
+    if not rest:
+        raise DataError(f"{settings.data.train}: every problem is also in {settings.data.held_out}")
+    if not held_out:
         raise DataError(
-            f"{settings.data.train}: {len(train)} problems leave nothing to train on once "
-            "held-out problems are set aside; give data.held_out"
+            f"{settings.data.train}: {len(train)} problems are too few to set held-out ones aside; "
+            "give data.held_out"
         )
     return rest, held_out
-
-
-def describe(problem: Problem) -> dict[str, Any]:
-    """A problem as JSON."""
-    return dataclasses.asdict(problem)

@@ -16,7 +16,7 @@ BELOW_TRAINING = BELOW_MODELS | {"models", "sampling", "scoring", "tasks"}
 MAY_IMPORT = {
     "types": set(),
     "shapes": set(),
-    "branching": {"types", "algorithms"},
+    "branching": {"types"},
     "algorithms": {"types", "branching"},
     "sharding": {"types"},
     "tasks": {"types", "branching"},

@@ -43,3 +43,7 @@ def test_two_commands_set_everything_up():
     script = (ROOT / ".ci" / "run").read_text()
     assert "install --quiet --disable-pip-version-check -r requirements-test.txt" in script
     assert '"$venv/bin/python" -m tests' in script
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README

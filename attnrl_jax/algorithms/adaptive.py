@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from attnrl_jax.branching.steps import token_positions
-from attnrl_jax.branching.tree import outer_equal
+from attnrl_jax.branching.tree import group_of, order_by, sum_by_group
 from attnrl_jax.types import ArrayLike
 
 
@@ -146,9 +146,12 @@ def problems_with_signal(
       row_mask: rows that take part; the others are never returned.
     """
     xp = reward.__array_namespace__()
-    same_problem = outer_equal(problem, problem) & row_mask[None, :]
-    differs = same_problem & ~outer_equal(reward, reward)
-    return row_mask & xp.any(differs, axis=-1)
+    group = group_of(problem)
+    # One row of the problem that takes part, with which the others are compared.
+    order = order_by(group, ~row_mask)
+    example = order[xp.searchsorted(group[order], group)]
+    differs = row_mask & (reward != reward[example])
+    return row_mask & (sum_by_group(xp.astype(differs, xp.int32), group)[group] > 0)
 
 
 @dataclass(frozen=True)

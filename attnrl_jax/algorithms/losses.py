@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from attnrl_jax.types import ArrayLike
@@ -19,14 +20,16 @@ def masked_mean(
     x: Float[ArrayLike, "*shape"],
     mask: Float[ArrayLike, "*shape"],
     denominator: Float[ArrayLike, ""] | float | None = None,
-) -> Float[Array, ""]:
+    axis: int | None = None,
+) -> Float[Array, "*rest"]:
     """sum(x · mask) / denominator; the denominator is sum(mask) where none is given.
 
     With the denominator of a whole batch, the values of its parts add up to that of the whole.
-    An empty mask gives 0, and what `x` holds where the mask is 0 does not matter.
+    An empty mask gives 0, and what `x` holds where the mask is 0 does not matter. Sums are over
+    `axis`, by default over everything.
     """
-    total = jnp.sum(jnp.where(mask > 0, x * mask, 0.0))
-    denominator = jnp.sum(mask) if denominator is None else denominator
+    total = jnp.sum(jnp.where(mask > 0, x * mask, 0.0), axis=axis)
+    denominator = jnp.sum(mask, axis=axis) if denominator is None else denominator
     return total / jnp.maximum(denominator, 1e-8)
 
 
@@ -38,9 +41,10 @@ class LossConfig:
       clip_low, clip_high: the ratio counts inside [1 - clip_low, 1 + clip_high].
       dual_clip: bound of the loss of a token of negative advantage, in units of -advantage.
       kl_beta: weight of the penalty towards the reference policy; 0 leaves it out.
-      aggregation: "token-mean" over all tokens of the mini-batch, however it is split into
-        micro-batches (the released program: over those of each micro-batch); "seq-mean-token-sum"
-        and "seq-mean-token-mean", the mean over sequences of their token sums or means.
+      aggregation: "token-mean" over all tokens of the mini-batch; "seq-mean-token-sum" and
+        "seq-mean-token-mean", the mean over sequences of their token sums or means.
+      mean_over: "mini-batch", so that the result does not depend on how it is split; or
+        "micro-batch", each one's own mean weighted by its rows (released program).
 
     Raises:
       ValueError: a setting outside of what it allows.
@@ -51,8 +55,13 @@ class LossConfig:
     dual_clip: float = 3.0
     kl_beta: float = 1e-3
     aggregation: str = "token-mean"
+    mean_over: str = "mini-batch"
 
     def __post_init__(self) -> None:
+        if self.mean_over not in ("mini-batch", "micro-batch"):
+            raise ValueError(
+                f"loss mean_over={self.mean_over!r}: allowed are mini-batch, micro-batch"
+            )
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(
                 f"loss aggregation={self.aggregation!r}: allowed are {', '.join(AGGREGATIONS)}"
@@ -160,6 +169,30 @@ def policy_loss(
     return policy_term + config.kl_beta * kl_term, metrics
 
 
+def loss_denominator(
+    config: LossConfig,
+    mini_batch_mask: Float[np.ndarray, "row time"],
+    micro_batch_mask: Float[np.ndarray, "batch time"],
+    nominal_rows: int,
+) -> float:
+    """What `policy_loss` of a micro-batch divides by, so that micro-batches add up as they should.
+
+    The tokens or sequences of the mini-batch; with `mean_over` "micro-batch" those of the
+    micro-batch, times the inverse of its weight, rows / nominal rows of a mini-batch.
+
+    Args:
+      config: settings.
+      mini_batch_mask: of all rows of the optimizer update.
+      micro_batch_mask: of the rows at hand; rows without a token are padding.
+      nominal_rows: rows a mini-batch is meant to have.
+    """
+    own = config.mean_over == "micro-batch"
+    mask = micro_batch_mask if own else mini_batch_mask
+    rows = int(np.count_nonzero(mask.sum(axis=1)))
+    counted = float(mask.sum()) if config.aggregation == "token-mean" else float(rows)
+    return counted * nominal_rows / max(rows, 1) if own else counted
+
+
 def k3(
     logprobs: Float[ArrayLike, "batch time"], reference_logprobs: Float[ArrayLike, "batch time"]
 ) -> Float[Array, "batch time"]:
@@ -181,9 +214,8 @@ def _aggregate(
     """One number of a batch, by `LossConfig.aggregation`."""
     if aggregation == "token-mean":
         return masked_mean(x, mask, denominator)
-    tokens = jnp.sum(mask, axis=-1)
-    sequence = jnp.sum(jnp.where(mask > 0, x * mask, 0.0), axis=-1)
-    if aggregation == "seq-mean-token-mean":
-        sequence = sequence / jnp.maximum(tokens, 1e-8)
+    per_sequence = 1.0 if aggregation == "seq-mean-token-sum" else None
+    sequence = masked_mean(x, mask, per_sequence, axis=-1)
     # Rows without a token are padding and no sequences.
-    return masked_mean(sequence, (tokens > 0).astype(x.dtype), denominator)
+    is_sequence = jnp.any(mask > 0, axis=-1).astype(x.dtype)
+    return masked_mean(sequence, is_sequence, denominator)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from attnrl_jax.branching.steps import token_positions
 from attnrl_jax.types import ArrayLike
 
 
@@ -42,9 +41,31 @@ class PathSegments:
     reward_std: Float[ArrayLike, "row"]
 
 
-def outer_equal(x: ArrayLike, y: ArrayLike) -> Bool[ArrayLike, "row other"]:
-    """x[i] == y[j] for all pairs."""
-    return x[:, None] == y[None, :]
+def order_by(
+    major: Int[ArrayLike, "row"], minor: Int[ArrayLike, "row"] | Bool[ArrayLike, "row"]
+) -> Int[ArrayLike, "row"]:
+    """Rows in ascending order of `major`, ties by `minor`, then as they come."""
+    xp = major.__array_namespace__()
+    order = xp.argsort(minor, stable=True)
+    return order[xp.argsort(major[order], stable=True)]
+
+
+def sum_by_group(
+    x: Float[ArrayLike, "row"] | Int[ArrayLike, "row"], group: Int[ArrayLike, "row"]
+) -> ArrayLike:
+    """Sum of `x` over the rows of each group, `[row]`; groups are numbers below that of rows.
+
+    A running sum over all rows would carry its rounding errors from one group into the next.
+    """
+    if isinstance(x, np.ndarray):
+        return np.bincount(group, weights=x, minlength=len(x)).astype(x.dtype)
+    return jax.ops.segment_sum(x, group, num_segments=len(x))
+
+
+def group_of(problem: Int[ArrayLike, "row"]) -> Int[ArrayLike, "row"]:
+    """A number below that of rows, the same for the rows of one problem and for no others."""
+    xp = problem.__array_namespace__()
+    return xp.searchsorted(xp.sort(problem), problem)
 
 
 def group_moments(
@@ -54,12 +75,14 @@ def group_moments(
 ) -> tuple[Float[ArrayLike, "row"], Float[ArrayLike, "row"]]:
     """Mean and sample standard deviation (0 for one row) of the rewards of each row's problem."""
     xp = reward.__array_namespace__()
-    same = outer_equal(problem, problem) & row_mask[None, :]
-    weight = xp.astype(same, reward.dtype)
-    count = xp.sum(weight, axis=-1)
-    mean = (weight @ reward) / xp.maximum(count, 1)
-    squared = weight * (reward[None, :] - mean[:, None]) ** 2
-    return mean, xp.sqrt(xp.sum(squared, axis=-1) / xp.maximum(count - 1, 1))
+    group = group_of(problem)
+
+    def total(x: ArrayLike) -> ArrayLike:
+        return sum_by_group(xp.where(row_mask, x, xp.zeros_like(x)), group)[group]
+
+    count = total(xp.ones_like(reward))
+    mean = total(reward) / xp.maximum(count, 1)
+    return mean, xp.sqrt(total((reward - mean) ** 2) / xp.maximum(count - 1, 1))
 
 
 def path_segments(
@@ -97,35 +120,46 @@ def path_segments(
     row = xp.arange(num_rows)
     row_mask = xp.ones((num_rows,), dtype=bool) if row_mask is None else row_mask
     initial = root == row
-    same_root = outer_equal(root, root) & row_mask[None, :]
-    # Column c cuts row r's path if it is the first continuation of r's root with that offset.
-    repeats = same_root & outer_equal(split, split) & (row[None, :] < row[:, None])
-    first_with_split = ~xp.any(repeats & ~initial[None, :], axis=-1)
-    cuts = same_root & ~initial[None, :] & first_with_split[None, :]
-    cuts = cuts & (initial[:, None] | (split[None, :] <= split[:, None]))
-    num_cuts = xp.sum(xp.astype(cuts, xp.int32), axis=-1)
-    if isinstance(num_cuts, np.ndarray) and num_cuts.size and num_cuts.max() >= max_segments:
+    # The continuations of one root side by side, by offset; rows that are none come last. A node
+    # is an offset at which a root was branched: a run of equal offsets.
+    continued = xp.where(row_mask & ~initial, root, num_rows)
+    order = order_by(continued, split)
+    continued, offset = continued[order], split[order]
+    is_new = (continued[1:] != continued[:-1]) | (offset[1:] != offset[:-1])
+    is_new = xp.concat([xp.zeros_like(initial[:1]), is_new])
+    node = xp.cumulative_sum(xp.astype(is_new, xp.int32))
+    first = xp.searchsorted(continued, root, side="left")
+    last = xp.searchsorted(continued, root, side="right") - 1
+    first_node = node[xp.minimum(first, num_rows - 1)]
+    num_nodes = xp.where(last >= first, node[last] - first_node + 1, 0)
+    if isinstance(num_nodes, np.ndarray) and num_nodes.size and num_nodes.max() >= max_segments:
         raise ValueError(
-            f"a path has {num_cuts.max() + 1} segments, more than max_segments={max_segments}"
+            f"a path has {num_nodes.max() + 1} segments, more than max_segments={max_segments}"
         )
-    largest = np.iinfo(np.int32).max
-    offsets = xp.sort(xp.where(cuts, split[None, :], largest), axis=-1)[:, :max_segments]
-    if num_rows < max_segments:
-        padding = xp.full((num_rows, max_segments - num_rows), largest, dtype=offsets.dtype)
-        offsets = xp.concat([offsets, padding], axis=-1)
-    segment = token_positions(offsets)
-    end = xp.minimum(offsets, response_length[:, None])
-    end = xp.where(segment < num_cuts[:, None], end, response_length[:, None])
-    start = xp.concat([xp.zeros_like(end[:, :1]), end[:, :-1]], axis=-1)
-    valid = segment <= num_cuts[:, None]
 
-    is_shared = segment < num_cuts[:, None]
-    reaches = initial[None, None, :] | (split[None, None, :] >= end[:, :, None])
-    below = xp.where(
-        is_shared[:, :, None], same_root[:, None, :] & reaches, outer_equal(row, row)[:, None, :]
+    # A shared segment ends at a node of the root, up to the one at which the row itself branches.
+    segment = xp.broadcast_to(xp.arange(max_segments), (num_rows, max_segments))
+    is_node = segment < num_nodes[:, None]
+    nodes = xp.where(is_node, first_node[:, None] + segment, 0)
+    offsets = offset[xp.searchsorted(node, nodes)]
+    is_shared = is_node & (initial[:, None] | (offsets <= split[:, None]))
+    num_shared = xp.sum(xp.astype(is_shared, xp.int32), axis=-1)
+    end = xp.where(
+        is_shared, xp.minimum(offsets, response_length[:, None]), response_length[:, None]
     )
-    num_leaves = xp.sum(xp.astype(below, xp.int32), axis=-1)
-    value = (xp.astype(below, reward.dtype) @ reward) / xp.maximum(num_leaves, 1)
+    start = xp.concat([xp.zeros_like(end[:, :1]), end[:, :-1]], axis=-1)
+    valid = segment <= num_shared[:, None]
+
+    def below(x: ArrayLike) -> ArrayLike:
+        """Sum of `x` over the leaves at or below each node: the root and all later offsets."""
+        at_node = xp.where(is_node, sum_by_group(x[order], node)[nodes], xp.zeros_like(x[:1, None]))
+        at_root = xp.where(row_mask & initial, x, xp.zeros_like(x))[root]
+        return at_root[:, None] + xp.flip(
+            xp.cumulative_sum(xp.flip(at_node, axis=-1), axis=-1), axis=-1
+        )
+
+    num_leaves = xp.where(is_shared, below(xp.ones_like(root)), 1)
+    value = xp.where(is_shared, below(reward) / xp.maximum(num_leaves, 1), reward[:, None])
     value = xp.astype(value, reward.dtype)
     root_value, reward_std = group_moments(reward, problem, row_mask)
     return PathSegments(

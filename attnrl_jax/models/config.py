@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,25 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Frequency scaling of rotary embeddings (`linear`, or Llama 3.1's `llama3`)."""
+    """Frequency scaling of rotary embeddings (`linear`, or Llama 3.1's `llama3`).
+
+    Raises:
+      ModelError: a number for which the frequencies would be zero, infinite or undefined.
+    """
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_length: int = 8192
+
+    def __post_init__(self):
+        _check_positive("rotary scaling factor", self.factor)
+        if not -math.inf < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ModelError(
+                f"high_freq_factor {self.high_freq_factor} must be finite and above "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,12 +92,19 @@ class ModelConfig:
             raise ModelError(
                 f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
             )
+        _check_positive("rope_theta", self.rope_theta)
+        _check_positive("norm_eps (rms_norm_eps)", self.norm_eps)
         if self.head_dim % 2:
             raise ModelError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
 
     def with_dtype(self, dtype: str) -> ModelConfig:
         """The same model computing in `dtype`."""
         return replace(self, dtype=dtype)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0.0 < value < math.inf:
+        raise ModelError(f"{name} must be positive and finite; got {value!r}")
 
 
 def read_config(folder: str | Path, dtype: str = "float32") -> ModelConfig:
@@ -98,7 +118,7 @@ def read_config(folder: str | Path, dtype: str = "float32") -> ModelConfig:
         raise ModelError(f"no model at {folder}: {path} does not exist")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path} holds no JSON object")
@@ -146,6 +166,8 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     if {**raw, **rope}.get("partial_rotary_factor", 1) != 1:
         raise ModelError("'partial_rotary_factor' other than 1 is not supported")
     attention_bias = _flag(raw, "attention_bias")
+    # What transformers takes where `head_dim` is missing.
+    default_head_dim = 128 if family == "qwen3" else raw["hidden_size"] // heads
     return ModelConfig(
         family=family,
         vocab_size=raw["vocab_size"],
@@ -153,7 +175,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_dim=raw.get("head_dim") or default_head_dim,
         mlp_width=raw["intermediate_size"],
         rope_theta=_number({**raw, **rope}, "rope_theta", 10000.0),
         rope_scaling=_rope_scaling(rope, raw),

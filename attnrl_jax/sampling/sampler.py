@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -89,7 +89,6 @@ class SampleStats:
       useful_tokens: tokens of the responses.
       dispatches: calls of the decode loop.
       cache_length: of each slot.
-      prefill_shapes: rows and length of the prefills, each of which is compiled once.
     """
 
     prefills: int = 0
@@ -99,7 +98,6 @@ class SampleStats:
     useful_tokens: int = 0
     dispatches: int = 0
     cache_length: int = 0
-    prefill_shapes: set[tuple[int, int]] = field(default_factory=set)
 
 
 Progress = Callable[[int, int], None]
@@ -280,7 +278,6 @@ def _prefilled(
             tokens[row, : len(group.prefix)] = group.prefix
         stats.prefills += len(batch)
         stats.prefill_tokens += sum(len(group.prefix) for group in batch)
-        stats.prefill_shapes.add(tokens.shape)
         waiting = deque((row, s) for row, group in enumerate(batch) for s in group.samples)
         yield _Block(prefill(params, model, tokens, lengths), tokens, waiting)
 

@@ -187,13 +187,6 @@ def _draw(rng: np.random.Generator, config: GraphTaskConfig, operations: int) ->
     return GraphProblem(given, tuple(definitions), names[-1])
 
 
-def make_problem(seed: int, index: int, config: GraphTaskConfig) -> GraphProblem:
-    """The problem number `index` of `seed`, of any split; the same arguments, the same problem."""
-    rng = np.random.default_rng((seed, index))
-    operations = rng.integers(config.min_operations, config.max_operations + 1)
-    return _draw(rng, config, int(operations))
-
-
 def demonstration(
     problem: GraphProblem,
     rng: np.random.Generator,

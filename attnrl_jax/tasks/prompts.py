@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -20,17 +19,18 @@ class PromptConfig:
       instruction: follows the problem after a space; the default is the paper's. May be empty.
       system: system message, or None for none; needs a chat template.
       use_chat_template: "auto" uses the tokenizer's template where it has one (a base model has
-        none, and gets plain text); True insists on it; False is always plain text.
+        none, and gets plain text); "always" insists on it; "never" is plain text.
     """
 
     instruction: str = PAPER_INSTRUCTION
     system: str | None = None
-    use_chat_template: Literal["auto"] | bool = "auto"
+    use_chat_template: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.use_chat_template, bool) and self.use_chat_template != "auto":
+        if self.use_chat_template not in ("auto", "always", "never"):
             raise ValueError(
-                f"use_chat_template must be 'auto', True or False, got {self.use_chat_template!r}"
+                "use_chat_template must be 'auto', 'always' or 'never', "
+                f"got {self.use_chat_template!r}"
             )
 
 
@@ -46,9 +46,9 @@ def build_prompt(text: str, tokenizer: Tokenizer, config: PromptConfig) -> np.nd
         template; or the template refuses the conversation.
     """
     content = f"{text} {config.instruction}" if config.instruction else text
-    if config.use_chat_template is True and not tokenizer.has_chat_template:
-        raise ValueError("use_chat_template is True, but the tokenizer has no chat template")
-    if not config.use_chat_template or not tokenizer.has_chat_template:
+    if config.use_chat_template == "always" and not tokenizer.has_chat_template:
+        raise ValueError("use_chat_template is 'always', but the tokenizer has no chat template")
+    if config.use_chat_template == "never" or not tokenizer.has_chat_template:
         if config.system is not None:
             raise ValueError(
                 "a system message needs a chat template, and this prompt is built without one"

@@ -90,15 +90,13 @@ class Tokenizer:
         """The conversation in the model's own format, with the assistant's turn opened.
 
         Raises:
-          ValueError: the template refuses the conversation.
+          ValueError: the template refuses the conversation or fails on it.
         """
-        from jinja2 import TemplateError
-
         try:
             return self.backend.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, its filters raise what they like
             roles = [message["role"] for message in messages]
             raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
 
@@ -111,11 +109,8 @@ class Tokenizer:
 
     @cached_property
     def _separators(self) -> Separators:
-        blank_line = np.zeros(self.vocab_size, bool)
-        newline = np.zeros(self.vocab_size, bool)
         if self.backend is None:
-            newline[ord("\n")] = ord("\n") not in self.end_ids
-            return Separators(blank_line=blank_line, newline=newline, end_think=None)
+            return Separators.from_texts([self.decode([token]) for token in range(self.vocab_size)])
         single_ids = [[token] for token in range(len(self.backend))]
         if hasattr(self.backend, "backend_tokenizer"):  # the whole vocabulary in one parallel call
             texts = self.backend.backend_tokenizer.decode_batch(
@@ -128,14 +123,10 @@ class Tokenizer:
                 )
                 for ids in single_ids
             ]
-        for token, text in enumerate(texts):
-            blank_line[token] = "\n\n" in text
-            newline[token] = "\n" in text
+        texts = [*texts, *[""] * (self.vocab_size - len(texts))]
         ids = self.encode("</think>")
         is_one = len(ids) == 1 and self.decode(ids).strip() == "</think>"
-        return Separators(
-            blank_line=blank_line, newline=newline, end_think=int(ids[0]) if is_one else None
-        )
+        return Separators.from_texts(texts, int(ids[0]) if is_one else None)
 
 
 def load_tokenizer(

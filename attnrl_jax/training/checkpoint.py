@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from attnrl_jax.training.loop import LoopState
+from attnrl_jax.training.rollout import empty_rollouts
 from attnrl_jax.training.state import TrainState
 from attnrl_jax.types import Rollouts
+
+# What of a run's state is plain numbers.
+COUNTERS = {f.name for f in fields(LoopState)} - {"train", "batch"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or does not fit the run."""
 
 
 class Checkpointer:
@@ -32,16 +40,15 @@ class Checkpointer:
 
     def save(self, state: LoopState) -> None:
         """Writes the state of a run after `state.step`; returns once it is on disk."""
-        host = {name: getattr(state, name) for name in _counters(state)}
-        arrays = {} if state.batch is None else dict(state.batch.__dict__)
+        counters = {f.name: getattr(state, f.name) for f in fields(state) if f.name in COUNTERS}
         # Orbax refuses an empty tree, and an on-policy run has no batch in flight.
-        arrays["present"] = np.asarray(state.batch is not None)
+        rows = state.batch if state.batch is not None else empty_rollouts(1, 1)
         self._manager.save(
             state.step,
             args=ocp.args.Composite(
                 train=ocp.args.StandardSave(state.train),
-                batch=ocp.args.StandardSave(arrays),
-                loop=ocp.args.JsonSave(host),
+                batch=ocp.args.StandardSave({f.name: getattr(rows, f.name) for f in fields(rows)}),
+                loop=ocp.args.JsonSave(counters | {"batch_in_flight": state.batch is not None}),
             ),
             force=True,
         )
@@ -51,40 +58,38 @@ class Checkpointer:
         """Newest step saved, or None."""
         return self._manager.latest_step()
 
-    def restore(self, template: TrainState, step: int | None = None) -> LoopState:
-        """Reads a checkpoint.
+    def restore(self, template: TrainState) -> LoopState:
+        """Reads the newest checkpoint.
 
         Args:
           template: a fresh state of the same run, whose arrays give shapes, dtypes and shardings.
-          step: which; the newest by default.
 
         Raises:
           FileNotFoundError: there is none.
+          CheckpointError: it is damaged, or of another model.
         """
-        step = self.latest_step() if step is None else step
+        step = self.latest_step()
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                train=ocp.args.StandardRestore(abstract),
-                # Rows differ in number from step to step: shapes come from the checkpoint.
-                batch=ocp.args.StandardRestore(),
-                loop=ocp.args.JsonRestore(),
-            ),
-        )
-        arrays: dict[str, Any] = {k: np.asarray(v) for k, v in restored["batch"].items()}
-        present = bool(arrays.pop("present"))
-        return LoopState(
-            train=restored["train"],
-            batch=Rollouts(**{k: np.array(v) for k, v in arrays.items()}) if present else None,
-            **restored["loop"],
-        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    train=ocp.args.StandardRestore(abstract),
+                    # Rows differ in number from step to step: shapes come from the checkpoint.
+                    batch=ocp.args.StandardRestore(),
+                    loop=ocp.args.JsonRestore(),
+                ),
+            )
+            counters = restored["loop"]
+            rows = Rollouts(**{name: np.array(x) for name, x in restored["batch"].items()})
+            in_flight = counters.pop("batch_in_flight")
+            return LoopState(train=restored["train"], batch=rows if in_flight else None, **counters)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {self._manager.directory / str(step)} cannot be read: {error}"
+            ) from error
 
     def close(self) -> None:
         self._manager.close()
-
-
-def _counters(state: LoopState) -> list[str]:
-    return [name for name in state.__dataclass_fields__ if name not in ("train", "batch")]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -62,7 +62,7 @@ class LoopState:
       batch_start, batch_count: where in the stream these problems begin, and how many they are.
       next_start, next_count: the same of the batch after it.
       cursor: where the next draw begins.
-      batch_size: problems of the next draw.
+      batch_size: problems of the last draw.
       surviving_rows: rows that the last step trained on; 0 leaves the batch size as it is.
       easy_mean, easy_count: cumulative mean of the attention level of easy problems.
       sampled_tokens, trained_tokens, skipped_steps, skipped_prompts: totals.
@@ -117,8 +117,8 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     if setup.config.schedule == "on_policy":
         return state
     watch = Stopwatch(setup.on_stage)
-    state, problems = _advance(state, setup)
-    state, problems = _advance(state, setup)
+    state = _advance(_advance(state, setup), setup)
+    problems = _problems_at(state.batch_start, state.batch_count, setup)
     prompts = [setup.task.prompt(problem) for problem in problems]
     requests = rollout.initial_requests(prompts, setup.config, batch=1)
     params = state.train.params
@@ -127,13 +127,19 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     return dataclasses.replace(state, batch=initial, sampled_tokens=tokens)
 
 
+def finished(state: LoopState, config: TrainConfig) -> bool:
+    """Whether the run has its steps, or has sampled its tokens."""
+    spent = 0 < config.max_sampled_tokens <= state.sampled_tokens
+    return state.step >= config.steps or spent
+
+
 def train_steps(state: LoopState, setup: Setup) -> Iterator[tuple[LoopState, StepReport]]:
-    """Runs until `config.steps`; yields after every step.
+    """Runs until the run is `finished`; yields after every step.
 
     The state that was passed in, or yielded before, must not be used any more: its buffers are
     given to the next step.
     """
-    while state.step < setup.config.steps:
+    while not finished(state, setup.config):
         state, report = train_step(state, setup)
         yield state, report
 
@@ -164,11 +170,11 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         problems = _problems_at(state.batch_start, state.batch_count, setup)
         initial = state.batch
         next_problems = _problems_at(state.next_start, state.next_count, setup)
-        state, _ = _advance(state, setup)
+        state = _advance(state, setup)
         next_prompts = [task.prompt(problem) for problem in next_problems]
         next_requests = rollout.initial_requests(next_prompts, config, batch=step + 1)
     else:
-        state, _ = _advance(state, setup)
+        state = _advance(state, setup)
         problems = _problems_at(state.next_start, state.next_count, setup)
         prompts = [task.prompt(problem) for problem in problems]
         requests = rollout.initial_requests(prompts, config, batch=step)
@@ -240,24 +246,10 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         trained_tokens=state.trained_tokens + trained_tokens,
         skipped_steps=state.skipped_steps + (survivors == 0),
     )
-    seconds = watch.seconds
+    metrics |= _closing_metrics(state, watch, sampled, trained_tokens, survivors)
     total = time.perf_counter() - begin
-    seconds["other"] = total - sum(seconds.values())
-    metrics |= {
-        "step": step,
-        "tokens/sampled": sampled,
-        "tokens/trained": trained_tokens,
-        "tokens/sampled_total": state.sampled_tokens,
-        "tokens/trained_total": state.trained_tokens,
-        "problems/skipped_prompts_total": state.skipped_prompts,
-        "batch/size_next": state.batch_size,
-        "step/skipped": float(survivors == 0),
-        "step/skipped_total": state.skipped_steps,
-        "update/not_finite_total": int(train.skipped),
-        "judge/unanswered": watch.judged.unanswered,
-        "judge/lost": watch.judged.timeouts + watch.judged.failures,
-        "seconds/step": total,
-    } | {f"seconds/{name}": value for name, value in seconds.items()}
+    seconds = watch.seconds | {"other": total - sum(watch.seconds.values()), "step": total}
+    metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     return state, StepReport(metrics, rows, segments, advantages, problems, trained)
 
 
@@ -289,28 +281,24 @@ def tree_advantages(
     return segments, np.asarray(advantages, np.float32), np.asarray(trained)
 
 
-def evaluate(
-    state: LoopState, setup: Setup, problems: Sequence[Problem] | None = None
-) -> dict[str, float]:
+def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
     """Accuracy of one response per held-out problem, with the same noise at every call.
 
     Args:
       state: of the run; only its parameters are read.
       setup: of the run.
-      problems: other problems than `config.eval_problems` of the task's held-out ones.
 
     Returns:
       metrics `held_out/...`: accuracy, its number of problems, mean response length.
     """
     config, task = setup.config, setup.task
-    if problems is None:
-        problems = task.held_out[: config.eval_problems or None]
+    problems = task.held_out[: config.eval_problems or None]
     requests = [
         Request(
             prefix=task.prompt(problem),
             num_samples=1,
             budget=config.response_budget,
-            seed=rollout.seed_of(rollout.EVALUATION, index),
+            seed=(rollout.EVALUATION, index),
             temperature=config.eval_temperature,
         )
         for index, problem in enumerate(problems)
@@ -335,10 +323,10 @@ def evaluate(
     }
 
 
-def _advance(state: LoopState, setup: Setup) -> tuple[LoopState, list[Problem]]:
-    """Draws a batch: the one drawn before it moves up. Returns the one that moved up's problems."""
+def _advance(state: LoopState, setup: Setup) -> LoopState:
+    """Draws a batch: the one drawn before it moves up."""
     draw = setup.task.stream.take(state.cursor, state.batch_size)
-    state = dataclasses.replace(
+    return dataclasses.replace(
         state,
         batch_start=state.next_start,
         batch_count=state.next_count,
@@ -347,11 +335,30 @@ def _advance(state: LoopState, setup: Setup) -> tuple[LoopState, list[Problem]]:
         cursor=draw.cursor,
         skipped_prompts=state.skipped_prompts + sum(draw.skipped.values()),
     )
-    return state, _problems_at(state.batch_start, state.batch_count, setup)
 
 
 def _problems_at(start: int, count: int, setup: Setup) -> list[Problem]:
     return setup.task.stream.take(start, count).problems
+
+
+def _closing_metrics(
+    state: LoopState, watch: Stopwatch, sampled: int, trained_tokens: int, survivors: int
+) -> dict[str, float]:
+    """Counters of the step that has just ended, and of the run so far."""
+    return {
+        "step": state.step,
+        "tokens/sampled": sampled,
+        "tokens/trained": trained_tokens,
+        "tokens/sampled_total": state.sampled_tokens,
+        "tokens/trained_total": state.trained_tokens,
+        "problems/skipped_prompts_total": state.skipped_prompts,
+        "batch/size": state.batch_size,
+        "step/skipped": float(survivors == 0),
+        "step/skipped_total": state.skipped_steps,
+        "update/not_finite_total": int(state.train.skipped),
+        "judge/unanswered": watch.judged.unanswered,
+        "judge/lost": watch.judged.timeouts + watch.judged.failures,
+    }
 
 
 def sampling_metrics(
@@ -365,7 +372,10 @@ def sampling_metrics(
     response = rollout.response_tokens(rows)
     own = rollout.own_tokens(rows)
     lengths = (rows.length - rows.prompt_length)[initial]
-    signal = (np.abs(advantages) > 1e-9) & response
+    # What is exactly 0 in the equation is not always in float32.
+    signal = (np.abs(advantages) > 1e-6) & response
+    positions = len(plan.list())
+    allowed = int(plan.expanded.sum()) * plan.positions.valid.shape[1]
     return {
         "train/accuracy": float(rows.reward[initial].mean()),
         "train/leaf_accuracy": float(rows.reward.mean()),
@@ -379,7 +389,8 @@ def sampling_metrics(
         "rows/trained": int(trained.sum()),
         "rows/with_advantage": float((signal.any(axis=1) & trained).mean()),
         "branching/responses_expanded": int(plan.expanded.sum()),
-        "branching/positions": len(plan.list()),
+        "branching/responses_branched": int(plan.branched().sum()),
+        "branching/positions": positions,
+        "branching/positions_found": positions / max(allowed, 1),
         "branching/by_importance": plan.share_by_importance(),
-        "branching/fci_max": float(rows.fci[initial].max()),
     }

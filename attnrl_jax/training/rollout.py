@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from attnrl_jax.algorithms.adaptive import CumulativeMean, attention_level, select_expanded
 from attnrl_jax.branching.importance import mask_candidates
@@ -18,11 +19,6 @@ from attnrl_jax.types import Rollouts
 
 # What a stream of random numbers is for; part of every seed.
 INITIAL, CONTINUATION, BRANCHES, UPDATE, EVALUATION = range(5)
-
-
-def seed_of(*parts: int) -> int:
-    """A 32-bit seed that depends on every part (run seed, purpose, version, indices)."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def initial_requests(
@@ -43,7 +39,7 @@ def initial_requests(
             prefix=prompt,
             num_samples=count,
             budget=config.response_budget,
-            seed=seed_of(config.seed, INITIAL, batch, index),
+            seed=(config.seed, INITIAL, batch, index),
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
@@ -130,6 +126,10 @@ class BranchPlan:
         offsets = self.positions.offsets[rows, columns]
         return list(zip(rows.tolist(), offsets.tolist(), strict=True))
 
+    def branched(self) -> Bool[np.ndarray, "row"]:
+        """Responses with at least one branch position."""
+        return self.expanded & self.positions.valid.any(axis=1)
+
     def share_by_importance(self) -> float:
         """Share of branch positions that a positive FCI chose; 0 where there is none."""
         used = self.positions.valid & self.expanded[:, None]
@@ -200,7 +200,7 @@ def continuation_requests(
                 prefix=initial.tokens[row, :end],
                 num_samples=config.branching.num_continuations,
                 budget=config.response_budget - offset,
-                seed=seed_of(config.seed, CONTINUATION, version, row, offset),
+                seed=(config.seed, CONTINUATION, version, row, offset),
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
@@ -225,8 +225,13 @@ def continuation_rows(
     for (root, offset), responses in zip(branches, samples, strict=True):
         start = int(initial.prompt_length[root]) + offset
         for response in responses:
-            for name in ("tokens", "logprobs", "version", "entropy"):
-                getattr(rows, name)[row, :start] = getattr(initial, name)[root, :start]
+            for shared, source in (
+                (rows.tokens, initial.tokens),
+                (rows.logprobs, initial.logprobs),
+                (rows.version, initial.version),
+                (rows.entropy, initial.entropy),
+            ):
+                shared[row, :start] = source[root, :start]
             rows.prompt_length[row] = initial.prompt_length[root]
             rows.problem[row] = initial.problem[root]
             rows.root[row] = root
@@ -239,11 +244,7 @@ def continuation_rows(
 
 def join_rows(initial: Rollouts, continuations: Rollouts) -> Rollouts:
     """Initial responses first, so that `root` keeps its meaning."""
-    fields = {
-        name: np.concatenate([getattr(initial, name), getattr(continuations, name)])
-        for name in initial.__dataclass_fields__
-    }
-    return Rollouts(**fields)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), initial, continuations)
 
 
 def own_tokens(rows: Rollouts) -> Bool[np.ndarray, "row time"]:
@@ -262,25 +263,24 @@ def response_tokens(rows: Rollouts) -> Bool[np.ndarray, "row time"]:
 def permute_across_problems(
     advantages: np.ndarray, rows: Rollouts, rng: np.random.Generator
 ) -> np.ndarray:
-    """Gives each row the advantages of a row of another problem, token by token.
+    """Gives each row the advantages of a random row of another problem, token by token.
 
-    A control: the distribution of advantages stays, what they say about the row's tokens is lost.
-    A longer row repeats the last advantage of the row it got.
+    A control: the kind of advantages stays, what they say about the row's tokens is lost. A longer
+    row repeats the last advantage of the row it got; where there is one problem only, nothing is
+    left to give, and the advantages are 0.
 
     Args:
       advantages: `[row, time]`, of response tokens.
       rows: the rows they belong to.
-      rng: for the order of problems.
+      rng: draws the rows.
     """
-    problems = rng.permutation(np.unique(rows.problem))
-    order = np.concatenate([np.flatnonzero(rows.problem == p) for p in problems])
-    # Rolled by the largest group, every row meets a row of another problem if there are two.
-    largest = int(np.unique(rows.problem, return_counts=True)[1].max())
-    donors = np.roll(order, largest)
     result = np.zeros_like(advantages)
-    for row, donor in zip(order, donors, strict=True):
+    for row in range(len(rows.problem)):
+        others = np.flatnonzero(rows.problem != rows.problem[row])
+        if not len(others):
+            break
+        donor = rng.choice(others)
         start, end = int(rows.prompt_length[row]), int(rows.length[row])
         given = advantages[donor, rows.prompt_length[donor] : rows.length[donor]]
-        index: Int[np.ndarray, "time"] = np.minimum(np.arange(end - start), len(given) - 1)
-        result[row, start:end] = given[index]
+        result[row, start:end] = given[np.minimum(np.arange(end - start), len(given) - 1)]
     return result

@@ -31,7 +31,7 @@ class Task:
 
     Attributes:
       stream: training problems.
-      held_out: problems that are only evaluated.
+      held_out: problems that are only evaluated; their prompts fit the budget.
       tokenizer: of the policy.
       prompt: token ids of a problem's prompt.
       judge: (response text, golds) pairs to rewards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: after warm-up.
-      warmup_updates: updates over which the rate rises linearly from 0.
+      warmup_updates: updates over which the rate rises linearly, from one step above 0.
       b1, b2, eps, weight_decay: of AdamW; decay applies to every parameter.
       max_grad_norm: global norm above which gradients are scaled down.
     """
@@ -40,8 +41,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        if not self.learning_rate >= 0:
-            raise ValueError(f"optimizer.learning_rate must be >= 0; got {self.learning_rate}")
+        for name in ("learning_rate", "eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} must be >= 0; got {getattr(self, name)}")
         if self.warmup_updates < 0:
             raise ValueError(f"optimizer.warmup_updates must be >= 0; got {self.warmup_updates}")
         if not self.max_grad_norm > 0:
@@ -57,6 +59,8 @@ class TrainConfig:
 
     Attributes:
       steps: training steps.
+      max_sampled_tokens: the run ends with the first step that has sampled so many tokens in
+        all, so that methods can be compared at equal cost; 0 sets no limit.
       num_problems: nominal problems per step (B0).
       num_responses: initial responses per problem (n).
       prompt_budget, response_budget: tokens (P, R); longer prompts are skipped and counted.
@@ -81,6 +85,7 @@ class TrainConfig:
     """
 
     steps: int = 100
+    max_sampled_tokens: int = 0
     num_problems: int = 64
     num_responses: int = 6
     prompt_budget: int = 1024
@@ -122,7 +127,7 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
-        for name in ("steps", "eval_every", "eval_problems", "top_k", "seed"):
+        for name in ("steps", "max_sampled_tokens", "eval_every", "eval_problems", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
         for name in ("num_problems", "num_responses", "prompt_budget", "response_budget",
@@ -130,9 +135,18 @@ class TrainConfig:
                      "length_multiple", "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             # At temperature 0 the policy has no log-probabilities to train.
             raise ValueError(f"temperature must be > 0 in training; got {self.temperature}")
+        if not 0 <= self.eval_temperature < math.inf:
+            raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be within 0 .. 2**32 - 1; got {self.seed}")
+        longest, held = self.prompt_budget + self.response_budget, self.sampler.cache_length
+        if held is not None and held < longest:
+            raise ValueError(
+                f"sampler.cache_length {held} is below prompt_budget + response_budget = {longest}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
 
@@ -151,7 +165,7 @@ class TrainState:
       params: float32 parameters of the policy.
       opt_state: of optax.
       updates: optimizer updates applied.
-      skipped: updates left out because loss or gradient was not finite.
+      skipped: updates left out because the gradient was not finite.
     """
 
     params: Any

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from attnrl_jax.algorithms.losses import LossConfig, LossMetrics, policy_loss
+from attnrl_jax.algorithms.losses import LossConfig, LossMetrics, loss_denominator, policy_loss
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import forward
 from attnrl_jax.scoring import token_logprobs
 from attnrl_jax.shapes import pad_rows
+from attnrl_jax.sharding import constrain_parameters
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, TrainState, make_optimizer
 from attnrl_jax.types import TrainRows
 
@@ -104,7 +105,8 @@ def accumulate(
         )  # fmt: skip
 
     gradients, metrics = jax.grad(objective, has_aux=True)(params)
-    return jax.tree.map(jnp.add, accumulated, (gradients, metrics))
+    total, sums = jax.tree.map(jnp.add, accumulated, (gradients, metrics))
+    return constrain_parameters(total), sums
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
@@ -122,8 +124,8 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     state = TrainState(
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
+        params=constrain_parameters(keep(params, state.params)),
+        opt_state=constrain_parameters(keep(opt_state, state.opt_state)),
         updates=state.updates + finite.astype(jnp.int32),
         skipped=state.skipped + (~finite).astype(jnp.int32),
     )
@@ -153,16 +155,23 @@ def update(
       row_multiple: rows of a micro-batch are a multiple of it.
 
     Returns:
-      the state after, and metrics averaged over the updates.
+      the state after, and metrics averaged over the updates that were applied.
     """
     collected: list[dict[str, float]] = []
     for chosen in mini_batches(problem, config.mini_batch_rows, rng):
         batch = jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
-        denominator = jnp.float32(_denominator(batch.mask, config.loss))
-        accumulated = _zeros(state.params)
+        accumulated = no_gradients(state.params)
         for micro in micro_batches(
             batch, config.micro_batch_tokens, config.length_multiple, row_multiple
         ):
+            denominator = np.float32(
+                loss_denominator(
+                    config.loss,
+                    np.asarray(batch.mask),
+                    np.asarray(micro.mask),
+                    config.mini_batch_rows,
+                )
+            )
             micro = jax.device_put(micro, sharding)
             accumulated = accumulate(
                 accumulated, state.params, model, config.loss, micro, denominator,
@@ -178,19 +187,16 @@ def update(
             }
             | sums.per_token()
         )
-    fetched = jax.device_get(collected)
-    averaged = {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}
-    return state, averaged | {"updates": len(fetched)}
+    # Updates that were skipped have nothing finite to say.
+    applied = [m for m in jax.device_get(collected) if np.isfinite(m["gradient_norm"])]
+    names = collected[0] if applied else ()
+    averaged = {name: float(np.mean([m[name] for m in applied])) for name in names}
+    return state, averaged | {"updates": len(applied)}
 
 
 @jax.jit
-def _zeros(params: Any) -> tuple[Any, LossMetrics]:
+def no_gradients(params: Any) -> tuple[Any, LossMetrics]:
+    """Where accumulation begins: zeros, laid out as the parameters are."""
     scalar = jnp.zeros(())
-    return jax.tree.map(jnp.zeros_like, params), LossMetrics(*[scalar] * len(fields(LossMetrics)))
-
-
-def _denominator(mask: np.ndarray, loss: LossConfig) -> float:
-    """What the aggregation of a whole mini-batch divides by: its tokens or its sequences."""
-    if loss.aggregation == "token-mean":
-        return float(mask.sum())
-    return float(np.count_nonzero(mask.sum(axis=1)))
+    zeros = constrain_parameters(jax.tree.map(jnp.zeros_like, params))
+    return zeros, LossMetrics(*[scalar] * len(fields(LossMetrics)))

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnrl_jax.algorithms.losses import LossConfig, k3, masked_mean, policy_loss
+from attnrl_jax.algorithms.losses import (
+    LossConfig,
+    k3,
+    loss_denominator,
+    masked_mean,
+    policy_loss,
+)
 from tests.golden_data import load_json
 
 SHAPE = (6, 15)
@@ -76,13 +82,14 @@ def test_golden_weighting_of_micro_batches(k):
     """The released program weighs each micro-batch's own mean by its rows."""
     case = load_json("loss")["cases"][k]
     *inputs, mask = inputs_of(case)
-    config = config_of(case)
+    config = config_of(case, mean_over="micro-batch")
     loss, gradient = 0.0, 0.0
     for rows in case["micro"]["rows"]:
-        weight = len(rows) / case["micro"]["ppo_mini_batch_size"]
         is_in = jnp.isin(jnp.arange(SHAPE[0]), jnp.asarray(rows))[:, None]
-        (part, _), part_gradient = loss_and_gradient_jit(*inputs, mask * is_in, config)
-        loss, gradient = loss + weight * part, gradient + weight * part_gradient
+        micro, nominal = np.asarray(mask * is_in), case["micro"]["ppo_mini_batch_size"]
+        denominator = loss_denominator(config, np.asarray(mask), micro, nominal)
+        (part, _), part_gradient = loss_and_gradient_jit(*inputs, micro, config, denominator)
+        loss, gradient = loss + part, gradient + part_gradient
     np.testing.assert_allclose(loss, case["micro"]["loss"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradient, padded(case["micro"]["grad"]), rtol=1e-5, atol=1e-6)
 

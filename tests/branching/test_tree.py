@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnrl_jax.algorithms.adaptive import problems_with_signal
 from attnrl_jax.algorithms.advantages import row_is_kept, segment_advantages
 from attnrl_jax.branching.tree import path_segments
 from tests.golden_data import load_json
@@ -107,6 +108,40 @@ def test_hand_computed_tree_among_other_problems():
     np.testing.assert_allclose(segments.value[5, 0], 0)
     np.testing.assert_array_equal(segments.end[4], [4, 5, 5])
     np.testing.assert_array_equal(segments.num_leaves[4, :2], [2, 1])
+
+
+def test_many_problems_equal_one_by_one():
+    """More rows than a table of all their pairs would fit for."""
+    rng = np.random.default_rng(0)
+    problems, responses, branches = 700, 6, 4
+    size = responses * (1 + branches)
+    first = np.arange(0, problems * size, size)
+    own = {
+        "root": np.concatenate([np.arange(responses), np.repeat(np.arange(responses), branches)]),
+        "split": rng.integers(1, 6, (problems, size)) * (np.arange(size) >= responses),
+        "reward": rng.random((problems, size)),
+    }
+    own["response_length"] = own["split"] + rng.integers(6, 20, (problems, size))
+    own["row_mask"] = rng.random((problems, size)) < 0.9
+    order = rng.permutation(problems * size)  # of the rows that are given, and where each one went
+    place = np.argsort(order)
+    rows = {key: np.broadcast_to(x, (problems, size)).reshape(-1)[order] for key, x in own.items()}
+    rows["root"] = place[(first[:, None] + own["root"]).reshape(-1)][order]
+    rows["problem"] = np.repeat(rng.permutation(problems), size)[order]
+    assert len(order) > 20_000
+    together = path_segments(**rows, max_segments=5)
+    signal = problems_with_signal(rows["problem"], rows["reward"].round(), rows["row_mask"])
+    for p in range(problems):
+        one = {key: np.broadcast_to(x, (problems, size))[p] for key, x in own.items()}
+        problem = np.zeros(size, int)
+        alone = path_segments(problem, **one, max_segments=5)
+        here = place[first[p] : first[p] + size]
+        for ours, wanted in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(ours[here], wanted, rtol=0, atol=1e-12)
+        rounded = one["reward"].round()
+        leaves = rounded[one["row_mask"]]
+        np.testing.assert_allclose(together.root_value[here], one["reward"][one["row_mask"]].mean())
+        np.testing.assert_array_equal(signal[here], one["row_mask"] & (np.ptp(leaves) > 0))
 
 
 def test_too_few_segments_are_refused():

@@ -72,6 +72,6 @@ def test_first_layer_heads_start_out_looking_one_to_four_tokens_back():
 
 def test_a_folder_that_holds_files_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_text("kept")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         pretrain.pretrain(tmp_path, pretrain.PretrainConfig())
     assert (tmp_path / "model.safetensors").read_text() == "kept"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from rich.console import Console
 
 from attnrl_jax.models.config import ModelError
 from attnrl_jax.tasks.problems import DataError
+from attnrl_jax.training.checkpoint import CheckpointError
 from experiments.configs import attnrl_graph, attnrl_hf
 from experiments.reporting import Terminal, read_metrics
-from experiments.run import RunError, claim_folder, result_line, run
-from experiments.settings import SettingError, build
+from experiments.run import RunError, claimed, result_line, run
+from experiments.settings import SettingError, default_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = ROOT / "tests" / "data" / "golden" / "models" / "qwen2_tied"
@@ -41,12 +43,9 @@ def small(config, steps=3):
     return config
 
 
-def execute(config, folder, terminal=None):
-    settings = build(config)
-    claim_folder(folder, config)
-    console = Console(file=open(os.devnull, "w"), width=200)  # noqa: SIM115 (lives as long as the test)
-    with terminal or Terminal(settings.train.steps, console) as shown:
-        return run(settings, folder, shown)
+def execute(config, folder):
+    with open(os.devnull, "w") as nowhere:
+        return run(config, folder, Console(file=nowhere))
 
 
 def without_clock(history):
@@ -95,7 +94,7 @@ def test_metrics_are_those_of_the_readme(finished):
     assert seconds <= {
         f"seconds/{s}"
         for s in ("generate", "score", "judge", "branch", "tree", "update", "other", "evaluate",
-                  "step")
+                  "step", "warm_up")
     }  # fmt: skip
 
 
@@ -123,26 +122,27 @@ class CrashError(Exception):
     pass
 
 
-class CrashingTerminal(Terminal):
-    """Stops the run while it works on a step, as a machine that goes away would."""
+def crash(config, folder, stage, occurrence):
+    """Stops a run while it works on a step, as a machine that goes away would."""
+    left = occurrence
 
-    def __init__(self, stage, occurrence):
-        super().__init__(3, Console(file=open(os.devnull, "w")))  # noqa: SIM115
-        self._left = occurrence
-        self._stage = stage
-
-    def stage(self, name):
-        self._left -= name == self._stage
-        if self._left < 0:
+    def stop(self, name):
+        nonlocal left
+        left -= name == stage
+        if left < 0:
             raise CrashError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Terminal, "stage", stop)
+        with pytest.raises(CrashError):
+            execute(config, folder)
 
 
 @pytest.mark.parametrize(("stage", "occurrence"), [("generate", 2), ("update", 1)])
 def test_a_run_that_was_stopped_continues_as_if_it_had_not(finished, tmp_path, stage, occurrence):
     _, expected = finished
     folder = tmp_path / "stopped"
-    with pytest.raises(CrashError):
-        execute(small(attnrl_graph.get_config()), folder, CrashingTerminal(stage, occurrence))
+    crash(small(attnrl_graph.get_config()), folder, stage, occurrence)
     assert 0 < len(read_metrics(folder / "metrics.jsonl")) < len(expected)
     history = execute(small(attnrl_graph.get_config()), folder)
     assert without_clock(history) == without_clock(expected)
@@ -153,12 +153,39 @@ def test_metrics_after_the_last_checkpoint_are_written_again(finished, tmp_path)
     """A line for a step that is not in a checkpoint, or half a line, is not kept."""
     _, expected = finished
     folder = tmp_path / "stopped"
-    with pytest.raises(CrashError):
-        execute(small(attnrl_graph.get_config()), folder, CrashingTerminal("generate", 2))
+    crash(small(attnrl_graph.get_config()), folder, "generate", 2)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "train/accuracy": 9.0}\n{"step": 3, "tra')
     history = execute(small(attnrl_graph.get_config()), folder)
     assert without_clock(history) == without_clock(expected)
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished[0], folder)
+    newest = folder / "checkpoints" / "3"
+    shutil.rmtree(newest / "batch")
+    config = small(attnrl_graph.get_config(), steps=4)
+    with pytest.raises(CheckpointError, match=re.escape(str(newest))):
+        execute(config, folder)
+
+
+def test_a_run_may_be_given_more_steps(finished, tmp_path):
+    """All but the evaluation of what was its last step is as in one longer run."""
+    folder = tmp_path / "longer"
+    shutil.copytree(finished[0], folder)
+    history = execute(small(attnrl_graph.get_config(), steps=4), folder)
+    assert [m["step"] for m in history] == [0, 1, 2, 3, 4]
+    assert without_clock(history[:4]) == without_clock(finished[1])
+
+
+def test_a_run_may_be_given_a_budget_of_tokens(finished, tmp_path):
+    _, expected = finished
+    config = small(attnrl_graph.get_config(), steps=100)
+    config.max_sampled_tokens = int(expected[1]["tokens/sampled_total"]) + 1
+    history = execute(config, tmp_path / "budget")
+    assert [m["step"] for m in history] == [0, 1, 2]
+    assert history[-1]["tokens/sampled_total"] == expected[2]["tokens/sampled_total"]
 
 
 def test_a_finished_run_only_reports(finished):
@@ -206,6 +233,7 @@ def test_gsm8k(tmp_path):
         (lambda c: c.data.update(train="/nowhere.jsonl"), DataError, "/nowhere.jsonl"),
         (lambda c: c.update(response_budget=4096), SettingError, "has only 1024 positions"),
         (lambda c: c.update(prompt_budget=2), DataError, "prompt_budget=2"),
+        (lambda c: c.mesh.update(data=3), ValueError, "does not fit 8 devices"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, change, error, message):
@@ -215,6 +243,8 @@ def test_what_cannot_be_used_is_named(tmp_path, change, error, message):
     change(config)
     with pytest.raises(error, match=re.escape(message)):
         execute(config, tmp_path / "run")
+    # Nothing half-written: the mended command may use the same folder.
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_folder_of_another_run_is_refused(finished):
@@ -223,15 +253,27 @@ def test_the_folder_of_another_run_is_refused(finished):
     config = small(attnrl_graph.get_config())
     config.optimizer.learning_rate = 1.0
     with pytest.raises(RunError, match=r"another run; optimizer.learning_rate: 0.0003 there, 1.0"):
-        claim_folder(folder, config)
+        execute(config, folder)
     assert (folder / "config.json").read_text() == before
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RunError, match="no run folder"):
-        claim_folder(tmp_path, attnrl_graph.get_config())
+    with pytest.raises(RunError, match="no run folder"), claimed(tmp_path, default_config()):
+        pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    again = claimed(tmp_path / "run", default_config())
+    with (
+        claimed(tmp_path / "run", default_config()),
+        pytest.raises(RunError, match="in use by another process"),
+        again,
+    ):
+        pass
+    with claimed(tmp_path / "run", default_config()):
+        pass
 
 
 def command(*arguments):
@@ -284,10 +326,14 @@ def test_the_readmes_command_for_other_models(tmp_path):
         ("--config.stepz=3", "stepz"),
         ("--config.steps=many", "steps"),
         ("--config=/nowhere.py", "/nowhere.py"),
+        ("--config={}/broken.py", "no_such_module"),
+        ("--config={}/empty.py", "get_config"),
     ],
 )
-def test_errors_are_a_line_and_not_a_traceback(argument, message):
-    done = command(argument)
+def test_errors_are_a_line_and_not_a_traceback(tmp_path, argument, message):
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    (tmp_path / "empty.py").write_text("")
+    done = command(argument.format(tmp_path))
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -76,13 +76,18 @@ def changed(path, value):
         ("branching.rules", "fci", "unknown setting branching.rules; known:.*rule"),
         ("learning_rate", 1.0, "unknown setting learning_rate; known:.*optimizer"),
         ("branching.rule", "attention", "branching: .*rule='attention'"),
-        ("branching.rule", "none", "branching.rule none is method grpo"),
+        ("branching.rule", "none", "branching.rule is 'none', but method attnrl has entropy or"),
         ("num_problems", 0, "num_problems must be >= 1"),
         ("num_problems", 1.5, "num_problems must be int"),
         ("num_problems", True, "num_problems must be int"),
         ("optimizer.learning_rate", "fast", "optimizer.learning_rate must be float"),
         ("schedule", "asynchronous", "schedule must be one of off_policy, on_policy"),
         ("temperature", 0.0, "temperature must be > 0"),
+        ("eval_temperature", -1.0, "eval_temperature must be >= 0"),
+        ("seed", 2**32, "seed must be within"),
+        ("optimizer.weight_decay", float("inf"), "optimizer.weight_decay must be >= 0"),
+        ("sampler.cache_length", 100, "sampler.cache_length 100 is below prompt_budget"),
+        ("prompt.use_chat_template", "sometimes", "use_chat_template must be 'auto', 'always'"),
         ("loss.aggregation", "sum", "aggregation='sum'"),
         ("data.held_out", "x.jsonl", "data.held_out is given without data.train"),
         ("batch_size.bounds", [2.0, 1.0], "bounds"),
@@ -94,8 +99,9 @@ def test_bad_settings_are_named(path, value, message):
         build(changed(path, value))
 
 
-def test_grpo_with_a_tree_is_a_contradiction():
-    config = changed("branching.rule", "fci")
-    config.method = "grpo"
-    with pytest.raises(SettingError, match="grpo has no tree"):
+@pytest.mark.parametrize(("method", "rule"), [("grpo", "fci"), ("treerl", "random")])
+def test_a_method_with_the_rule_of_another_is_a_contradiction(method, rule):
+    config = changed("branching.rule", rule)
+    config.method = method
+    with pytest.raises(SettingError, match=f"branching.rule is '{rule}', but method {method} has"):
         build(config)

@@ -125,6 +125,14 @@ def test_transformers_reads_the_written_config(tmp_path):
         ({"rope_scaling": "linear"}, "linear"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_theta": "big"}, "rope_theta"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "rotary scaling factor"),
+        ({"rope_scaling": LLAMA3 | {"factor": float("nan")}}, "rotary scaling factor"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": float("nan")}}, "high_freq_factor"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rms_norm_eps": None}, "rms_norm_eps"),
         ({"hidden_size": "16"}, "hidden_size"),
         ({"vocab_size": 0}, "vocab_size"),
@@ -156,7 +164,15 @@ def test_missing_key_is_named(tmp_path, key):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "", "\x00", "[1]", "3"])
+def test_head_dim_of_qwen3_is_128_unless_given():
+    assert config_from_hf(RAW | {"model_type": "qwen3"}).head_dim == 128
+    assert config_from_hf(RAW | {"model_type": "qwen3", "head_dim": 6}).head_dim == 6
+    assert config_from_hf(RAW | {"model_type": "qwen2"}).head_dim == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "", "\x00", "[1]", "3", '{"a":' * 10**5, "[" * 10**5, "9" * 5000]
+)
 def test_no_json_object(tmp_path, text):
     write(tmp_path, text)
     with pytest.raises(ModelError, match=r"config\.json"):

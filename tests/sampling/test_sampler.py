@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, takewhile
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ import pytest
 from attnrl_jax.models.transformer import forward, unembed
 from attnrl_jax.sampling.engine import Sampling, cast_params, perturbed_logits
 from attnrl_jax.sampling.sampler import Request, SamplerConfig, request_key, sample
+from attnrl_jax.scoring import score
 from attnrl_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 
 SMALL = SamplerConfig(slots=8, chunk=16, prefill_rows=8, refill=0.25, length_bucket=64)
 END = (2, 5)
 # The golden models' logits are nearly flat; scaled up, responses end and differ in probability.
-SHARPER = 8.0
+SHARPER = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,10 @@ def _prefixes(count, seed=0):
     return [rng.integers(6, 256, size=rng.integers(1, 20)).astype(np.int32) for _ in range(count)]
 
 
-def _mixed_requests():
+def _mixed_requests(count=9):
     return [
-        Request(prefix, 1 + i % 3, 5 + 4 * i, seed=(7, i), temperature=(1.0, 0.7, 1.3)[i % 3])
-        for i, prefix in enumerate(_prefixes(9))
+        Request(prefix, 1 + i % 3, 5 + 4 * (i % 9), seed=(7, i), temperature=(1.0, 0.7, 1.3)[i % 3])
+        for i, prefix in enumerate(_prefixes(count))
     ]
 
 
@@ -61,13 +62,6 @@ def _recomputed(policy, request, response):
     logits = _response_logits(policy, request.prefix, response.tokens)
     scaled = jax.nn.log_softmax(logits / (request.temperature or 1.0))
     return np.asarray(scaled)[np.arange(len(response.tokens)), response.tokens]
-
-
-def _equal(one, other):
-    """Equal responses, log-probabilities to 1e-4."""
-    assert one.ended == other.ended
-    np.testing.assert_array_equal(one.tokens, other.tokens)
-    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_logprobs_equal_a_full_forward_pass(policy):
@@ -106,26 +100,33 @@ def _first_tie(policy, request, index, response):
     return tie
 
 
+def _assert_equal_up_to_ties(policy, requests, responses, wanted):
+    """Tokens agree up to a sample's first tie, log-probabilities of the same tokens to 1e-4.
+
+    Rounding, which differs with the shapes, may decide a tie and with it all that follows.
+    Returns how many samples met one, and how many there are.
+    """
+    ties = []
+    for request, samples, others in zip(requests, responses, wanted, strict=True):
+        for index, (one, other) in enumerate(zip(samples, others, strict=True)):
+            tie = _first_tie(policy, request, index, other)
+            ties.append(tie is not None)
+            np.testing.assert_array_equal(one.tokens[:tie], other.tokens[:tie])
+            assert tie is not None or one.ended == other.ended
+            pairs = zip(one.tokens, other.tokens, strict=tie is None)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            np.testing.assert_allclose(one.logprobs[:same], other.logprobs[:same], atol=1e-4)
+    return sum(ties), len(ties)
+
+
 def test_equals_one_by_one_sampling_up_to_ties(policy):
     """Also checks each token against noise made outside the sampler."""
-    requests = _mixed_requests()
+    requests = _mixed_requests(51)
     together, _ = sample(*policy, requests, END, SMALL)
     alone = replace(SMALL, slots=1, prefill_rows=1)
-    tied = count = 0
-    for request, samples in zip(requests, together, strict=True):
-        (singles,), _ = sample(*policy, [request], END, alone)
-        for index, (one, other) in enumerate(zip(samples, singles, strict=True)):
-            tie = _first_tie(policy, request, index, other)
-            count += 1
-            if tie is None:
-                _equal(one, other)
-                continue
-            tied += 1
-            np.testing.assert_array_equal(one.tokens[:tie], other.tokens[:tie])
-            shorter = min(len(one.tokens), len(other.tokens))
-            differ = np.flatnonzero(one.tokens[:shorter] != other.tokens[:shorter])
-            same = differ[0] if len(differ) else shorter
-            np.testing.assert_allclose(one.logprobs[:same], other.logprobs[:same], atol=1e-4)
+    singles = [sample(*policy, [request], END, alone)[0][0] for request in requests]
+    tied, count = _assert_equal_up_to_ties(policy, requests, together, singles)
+    assert count >= 100
     assert tied <= 0.05 * count
 
 
@@ -136,9 +137,9 @@ def test_order_and_shapes_change_nothing(policy):
     config = replace(SMALL, slots=3, chunk=7, prefill_rows=2, attend_bucket=32, cache_length=100)
     shuffled, stats = sample(*policy, [requests[i] for i in order], END, config)
     assert stats.cache_length == 128
-    for place, i in enumerate(order):
-        for one, other in zip(shuffled[place], wanted[i], strict=True):
-            _equal(one, other)
+    back = [shuffled[place] for place in np.argsort(order)]
+    tied, _ = _assert_equal_up_to_ties(policy, requests, back, wanted)
+    assert tied <= 1
 
 
 def test_greedy_continuations_are_those_of_transformers(model):
@@ -192,11 +193,13 @@ def test_prefixes_are_prefilled_once(policy):
     together, stats = sample(*policy, requests, END, SMALL)
     assert stats.prefills == 2
     assert stats.prefill_tokens == len(stem) + len(other)
-    for request, samples in zip(requests, together, strict=True):
-        (singles,), alone = sample(*policy, [request], END, SMALL)
+    singles = []
+    for request in requests:
+        (samples,), alone = sample(*policy, [request], END, SMALL)
         assert alone.prefills == (request.budget * request.num_samples > 0)
-        for one, single in zip(samples, singles, strict=True):
-            _equal(one, single)
+        singles.append(samples)
+    tied, _ = _assert_equal_up_to_ties(policy, requests, together, singles)
+    assert tied <= 1
 
 
 def test_any_token_may_be_sampled_in_the_middle(policy):
@@ -247,13 +250,28 @@ def test_seeds(policy):
 
 
 def test_bfloat16(policy):
+    """Measured: 0.035 on average and 0.48 at most, half as far as both are from float32."""
     params, config = policy
     config = config.with_dtype("bfloat16")
-    (request,) = (Request(_prefixes(1)[0], 4, 30, seed=1),)
-    ((*samples,),), _ = sample(params, config, [request], END, SMALL)
-    for response in samples:
-        wanted = _recomputed((cast_params(params, "bfloat16"), config), request, response)
-        np.testing.assert_allclose(response.logprobs, wanted, atol=0.25)
+    requests = [Request(prefix, 2, 40, seed=i) for i, prefix in enumerate(_prefixes(16))]
+    responses, _ = sample(params, config, requests, END, SMALL)
+    params = cast_params(params, "bfloat16")
+    differences = []
+    for request, samples in zip(requests, responses, strict=True):
+        for response in samples:
+            tokens = np.zeros((1, 64), np.int32)
+            total = len(request.prefix) + len(response.tokens)
+            tokens[0, :total] = np.concatenate([request.prefix, response.tokens])
+            scores = score(
+                params, config, tokens, np.array([total]), np.zeros_like(tokens), with_fci=False
+            )
+            scored = np.asarray(scores.logprobs)[0, len(request.prefix) : total]
+            differences.append(response.logprobs - scored)
+    differences = np.concatenate(differences)
+    assert len(differences) > 500
+    assert abs(differences).max() <= 0.75
+    assert abs(differences).mean() <= 0.05
+    assert abs(differences.mean()) <= 0.01
 
 
 @pytest.mark.parametrize(
@@ -310,6 +328,5 @@ def test_sharded_equals_one_device(policy, mesh_config):
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, parameter_shardings(params, mesh))
         sharded, _ = sample(spread, config, requests, END, SMALL)
-    for samples, others in zip(sharded, wanted, strict=True):
-        for one, other in zip(samples, others, strict=True):
-            _equal(one, other)
+    tied, _ = _assert_equal_up_to_ties(policy, requests, sharded, wanted)
+    assert tied <= 1

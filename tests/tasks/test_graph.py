@@ -31,6 +31,10 @@ CAREFUL = (
 )
 
 
+def draw_problem(seed, index):
+    return GraphSource(CONFIG, "train", seed).graph(index)
+
+
 def test_text_values_and_demonstrations_of_a_problem_worked_by_hand():
     assert PROBLEM.text == "h= 9 j= 1 i= 4 c: j + h f: c - i o: f * h p: c - j ? p"
     assert PROBLEM.values == {"h": 9, "j": 1, "i": 4, "c": 0, "f": 6, "o": 4, "p": 9}
@@ -52,9 +56,9 @@ def test_dependency_graph():
 
 @pytest.mark.parametrize("index", range(30))
 def test_drawn_problems_can_be_solved_in_order(index):
-    problem = graph.make_problem(5, index, CONFIG)
-    assert problem == graph.make_problem(5, index, CONFIG)
-    assert problem != graph.make_problem(6, index, CONFIG)
+    problem = draw_problem(5, index)
+    assert problem == draw_problem(5, index)
+    assert problem != draw_problem(6, index)
     known = [name for name, _ in problem.given]
     for definition in problem.definitions:
         assert {definition.left, definition.right} <= set(known)  # so the graph has no cycle
@@ -82,7 +86,7 @@ def test_demonstrations_have_4_to_15_steps_and_known_words():
 def test_first_wrong_step_is_none_when_every_value_is_right(hasty):
     rng = np.random.default_rng(3)
     for index in range(50):
-        problem = graph.make_problem(1, index, CONFIG)
+        problem = draw_problem(1, index)
         text = graph.demonstration(problem, rng, hasty, 1.0)
         assert graph.first_wrong_step(problem, text) is None
         assert graph.first_wrong_step(problem, f"{text} {graph.END} {graph.PAD}") is None
@@ -112,7 +116,7 @@ def test_first_wrong_step_names_the_corrupted_step(step, right, wrong):
 
 def test_first_wrong_step_of_hasty_demonstrations_is_the_first_wrong_value():
     for index in range(100):
-        problem = graph.make_problem(2, index, CONFIG)
+        problem = draw_problem(2, index)
         text = graph.demonstration(problem, np.random.default_rng(index), 1.0, 0.6)
         steps = text.split(" \n\n ")
         wrong = [
@@ -127,7 +131,7 @@ def test_demonstration_habits_have_the_asked_shares():
     rng = np.random.default_rng(0)
     hasty = right = steps = 0
     for index in range(300):
-        problem = graph.make_problem(3, index, CONFIG)
+        problem = draw_problem(3, index)
         found = dict(problem.given)
         text = graph.demonstration(problem, rng, 0.3, 0.6)
         for definition, step in zip(problem.definitions, text.split("\n\n")[1:-1], strict=True):
@@ -212,7 +216,7 @@ def shipped_tokenizer():
 
 def test_shipped_tokenizer_round_trip(shipped_tokenizer):
     for index in range(30):
-        problem = graph.make_problem(8, index, CONFIG)
+        problem = draw_problem(8, index)
         text = graph.demonstration(problem, np.random.default_rng(index), 0.3)
         for written in (problem.text, text, f"{problem.text} {text}"):
             ids = shipped_tokenizer.encode(written)

@@ -60,22 +60,29 @@ def test_system_message_and_empty_instruction():
     with pytest.raises(ValueError, match="system message needs a chat template"):
         build_prompt("P", BASE, config)
     with pytest.raises(ValueError, match="system message"):
-        build_prompt("P", CHAT, dataclasses.replace(config, use_chat_template=False))
+        build_prompt("P", CHAT, dataclasses.replace(config, use_chat_template="never"))
 
 
 def test_template_off_and_insisted_on():
-    config = PromptConfig(instruction="", use_chat_template=False)
+    config = PromptConfig(instruction="", use_chat_template="never")
     assert CHAT.decode(build_prompt("P", CHAT, config)) == "<s>P"
     with pytest.raises(ValueError, match="has no chat template"):
-        build_prompt("P", BASE, PromptConfig(use_chat_template=True))
+        build_prompt("P", BASE, PromptConfig(use_chat_template="always"))
     with pytest.raises(ValueError, match="use_chat_template"):
-        PromptConfig(use_chat_template="never")
+        PromptConfig(use_chat_template="sometimes")
 
 
 def test_refused_role_is_named():
     refusing = make_tokenizer(TEMPLATE.replace(" and refuse", ""))
     with pytest.raises(ValueError, match=r"refuses the roles.*system.*no system role"):
         build_prompt("P", refusing, PromptConfig(system="S"))
+
+
+def test_failing_filter_is_a_refusal():
+    """A TypeError of a filter came out as it was."""
+    failing = make_tokenizer("{{ messages | sum }}")
+    with pytest.raises(ValueError, match=r"refuses the roles \['user'\].*unsupported operand"):
+        build_prompt("P", failing, PromptConfig())
 
 
 def test_template_cannot_reach_python():

@@ -14,7 +14,12 @@ from attnrl_jax.branching.selection import BranchingConfig
 from attnrl_jax.scoring import score
 from attnrl_jax.tasks.problems import Problem, ProblemStream
 from attnrl_jax.training.loop import evaluate
-from attnrl_jax.training.rollout import own_tokens, response_tokens
+from attnrl_jax.training.rollout import (
+    empty_rollouts,
+    own_tokens,
+    permute_across_problems,
+    response_tokens,
+)
 from tests.training.tiny import ChecksumJudge, ConstantJudge, fresh_state, run_steps, tiny_setup
 
 
@@ -189,19 +194,28 @@ def test_other_methods_run_through_the_same_loop(golden, rule):
         assert (~initial).any()
 
 
-def test_permuted_advantages_keep_their_values_and_lose_their_rows(golden):
+def test_permuted_advantages_come_from_other_problems():
+    """Also where one problem has most of the rows."""
+    rows = empty_rollouts(7, 6)
+    rows.problem[:] = [0, 0, 0, 0, 0, 1, 1]
+    rows.prompt_length[:], rows.length[:] = 2, [4, 5, 6, 4, 5, 6, 3]
+    inside = response_tokens(rows)
+    advantages = np.where(inside, 1.0 + rows.problem[:, None], 0.0)
+    given = permute_across_problems(advantages, rows, np.random.default_rng(0))
+    np.testing.assert_array_equal(given, np.where(inside, 2.0 - rows.problem[:, None], 0.0))
+    rows.problem[:] = 0
+    assert not permute_across_problems(advantages, rows, np.random.default_rng(0)).any()
+
+
+def test_the_control_trains_the_same_rows_with_other_advantages(golden):
     plain, permuted = (
         tiny_setup(golden, steps=1, permute_advantages=permute) for permute in (False, True)
     )
     _, [honest], _ = run_steps(fresh_state(golden, plain), plain)
     _, [shuffled], _ = run_steps(fresh_state(golden, permuted), permuted)
     np.testing.assert_array_equal(honest.rows.tokens, shuffled.rows.tokens)
-    rows, trained = honest.rows, honest.trained
-    start = rows.prompt_length[trained]
-    first = honest.advantages[trained][np.arange(trained.sum()), start]
-    given = shuffled.advantages[trained][np.arange(trained.sum()), start]
-    np.testing.assert_allclose(np.sort(first), np.sort(given))
-    assert np.any(first != given)
+    np.testing.assert_array_equal(honest.trained, shuffled.trained)
+    assert np.any(honest.advantages != shuffled.advantages)
 
 
 def test_continuations_may_be_judged_on_their_own_text(golden):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,8 +17,13 @@ from attnrl_jax.sharding import (
     parameter_shardings,
 )
 from attnrl_jax.training.state import OptimizerConfig, init_state
-from attnrl_jax.training.step import _zeros as zeros
-from attnrl_jax.training.step import accumulate, micro_batches, mini_batches, update
+from attnrl_jax.training.step import (
+    accumulate,
+    micro_batches,
+    mini_batches,
+    no_gradients,
+    update,
+)
 from attnrl_jax.types import TrainRows
 from tests.training.tiny import tiny_config
 
@@ -56,7 +62,7 @@ def gradients(golden, rows, micro_tokens, mesh=None):
     if mesh is not None:
         params = jax.device_put(params, parameter_shardings(params, mesh))
         sharding, multiple = batch_sharding(mesh), batch_devices(mesh)
-    total = zeros(params)
+    total = no_gradients(params)
     for micro in micro_batches(rows, micro_tokens, 32, multiple):
         micro = jax.device_put(micro, sharding)
         total = accumulate(
@@ -81,6 +87,50 @@ def test_sharded_equals_one_device(golden, rows):
     with jax.set_mesh(mesh):
         sharded = gradients(golden, rows, 32 * 24, mesh)
     assert_close(sharded, gradients(golden, rows, 32 * 24), 1e-5)
+
+
+def test_gradients_are_cut_like_their_parameters(golden, rows):
+    """A bug: zeros follow no input, so the accumulator, and with it every gradient, was whole on
+    every device, and the second micro-batch compiled anew."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(golden.params, parameter_shardings(golden.params, mesh))
+        total = no_gradients(params)
+        compiled = []
+        for micro in micro_batches(rows, 32 * 8, 32, 4):
+            micro = jax.device_put(micro, batch_sharding(mesh))
+            total = accumulate(
+                total, params, golden.config, tiny_config().loss, micro, np.float32(1), 1.0
+            )
+            compiled.append(accumulate._cache_size())
+    assert len(compiled) > 1
+    assert compiled[0] == compiled[-1]
+    jax.tree.map(lambda g, p: assert_same_layout(g.sharding, p.sharding, g.ndim), total[0], params)
+    kernel = total[0]["layers"]["mlp"]["gate_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+
+
+def assert_same_layout(one, other, ndim):
+    assert one.is_equivalent_to(other, ndim)
+
+
+def test_update_on_a_mesh_equals_one_device(golden, rows):
+    """Several updates, optimizer state included. (With its usual epsilon Adam turns the rounding
+    of gradients near 0 into whole steps.)"""
+    config = tiny_config(mini_batch_rows=8, optimizer=OptimizerConfig(learning_rate=1e-2, eps=0.1))
+    alone, metrics = run_update(golden, rows, mini_batch_rows=8, optimizer=config.optimizer)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(golden.params, parameter_shardings(golden.params, mesh))
+        params = jax.tree.map(jnp.copy, params)
+        state = init_state(params, config.optimizer, mesh)
+        state, sharded = update(
+            state, golden.config, config, rows, PROBLEM, np.random.default_rng(0),
+            batch_sharding(mesh), batch_devices(mesh),
+        )  # fmt: skip
+    assert_close(jax.tree.map(np.array, state.params), jax.tree.map(np.array, alone.params), 2e-5)
+    assert sharded["updates"] == metrics["updates"] == 3
+    assert abs(sharded["loss"] - metrics["loss"]) < 1e-4
 
 
 def test_fewer_rows_than_devices(golden, rows):
