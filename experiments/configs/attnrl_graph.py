@@ -2,6 +2,13 @@
 
 Command:   python -m experiments.run
 Hardware:  2 CPU cores
+Time:      4 min 42 s to 4 min 55 s, compilation included
+Result:    held-out accuracy 0.453 -> 0.881, 0.867, 0.845 (seeds 0, 1, 2; 1,024 problems, one
+           response each at temperature 1)
+
+Responses are short (about 80 tokens in 4 to 14 steps), hence delta 1 and no least distance: at the
+paper's 4 and 512 no step would ever be eligible. One update a step, at a learning rate that suits
+0.3 million parameters.
 """
 
 from experiments.settings import default_config
@@ -14,6 +21,7 @@ def get_config():
     config.num_responses = 6
     config.prompt_budget = 64
     config.response_budget = 160
+    # All rows of a step: one update.
     config.mini_batch_rows = 100000
     config.micro_batch_tokens = 8192
     config.score_batch_rows = 64

@@ -5,6 +5,7 @@ Command:   python -m experiments.run --config=experiments/configs/attnrl_hf.py \
 Hardware:  any; the budgets below suit models of up to about a billion parameters on one
            accelerator, and tiny ones on a CPU. Raise them, and min_distance with them, for models
            that think longer.
+Time:      not measured at scale yet.
 Result:    depends on the model; answers are judged by math-verify.
 """
 
