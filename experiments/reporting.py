@@ -16,16 +16,15 @@ from attnrl_jax.branching.steps import step_bounds
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training.loop import StepReport
 
-# What the terminal shows of a step: metric, heading, format.
+# What the terminal shows of a step, in 80 columns: metric, heading, format.
 COLUMNS = (
     ("step", "step", "{:.0f}"),
-    ("held_out/accuracy", "held-out", "{:.3f}"),
+    ("held_out/accuracy", "heldout", "{:.3f}"),
     ("train/accuracy", "train", "{:.3f}"),
-    ("rows/with_advantage", "rows adv", "{:.2f}"),
+    ("rows/with_advantage", "adv", "{:.2f}"),
     ("problems/kept", "kept", "{:.0f}"),
     ("branching/by_importance", "by FCI", "{:.2f}"),
     ("train/entropy", "entropy", "{:.3f}"),
-    ("update/approx_kl", "KL", "{:.4f}"),
     ("train/response_length", "length", "{:.0f}"),
     ("tokens/sampled", "tokens", "{:.0f}"),
     ("seconds/step", "seconds", "{:.1f}"),
@@ -74,6 +73,7 @@ class RunFolder:
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
 
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
         for name, label, style in (
@@ -86,7 +86,8 @@ class RunFolder:
                 axes.plot(*zip(*points, strict=True), style, label=label, color=color)
         axes.set_xlabel("training step")
         axes.set_ylabel("share of responses that are right")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
         path = self.folder / "curve.png"
@@ -138,6 +139,8 @@ def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | N
     branches = np.array([continued[rows.problem == p].sum() for p in problems])
     problem = int(problems[np.lexsort((branches, mixed))[-1]])
     starts, ends = step_bounds(rows.step_ids)
+    # Methods that do not need it do not compute it.
+    has_fci = bool(rows.fci.any())
     leaves = []
     for row in np.flatnonzero(rows.problem == problem):
         prompt = int(rows.prompt_length[row])
@@ -148,7 +151,7 @@ def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | N
                 {
                     "text": tokenizer.decode(rows.tokens[row, start:end]).strip(),
                     "start": start - prompt,
-                    "fci": float(rows.fci[row, step]) if not continued[row] else None,
+                    "fci": float(rows.fci[row, step]) if has_fci and not continued[row] else None,
                     "version": int(rows.version[row, start]),
                 }
             )
@@ -196,15 +199,18 @@ def draw_tree(tree: dict[str, Any]) -> Tree:
     drawn = Tree(
         f"[bold]{_escape(tree['problem']['text'])}[/bold]\n"
         f"gold {_escape(', '.join(tree['problem']['answers']))}, value of the problem "
-        f"{tree['value']:.2f}, {len(tree['leaves'])} leaves; one response of {len(roots)} "
-        "that branch, FCI before each step:"
+        f"{tree['value']:.2f}, {len(tree['leaves'])} leaves; one response of {len(roots)} that "
+        "branch, FCI before each step (branches never start at the first):"
     )
     root = max(roots, key=lambda leaf: len({c["reward"] for c in children[leaf["row"]]}))
-    for step in root["steps"]:
-        node = drawn.add(f"{step['fci']:6.3f}  {_escape(step['text'])}")
+    ends = [*(step["start"] for step in root["steps"][1:]), float("inf")]
+    for step, end in zip(root["steps"], ends, strict=True):
+        fci = "     -" if step["fci"] is None else f"{step['fci']:6.3f}"
+        node = drawn.add(f"{fci}  {_escape(step['text'])}")
         for child in children[root["row"]]:
-            if child["split"] == step["start"]:
-                text = " | ".join(s["text"] for s in child["steps"] if s["start"] >= child["split"])
+            # Entropy branches inside steps: what is shown begins with the step it changes.
+            if step["start"] <= child["split"] < end:
+                text = " | ".join(s["text"] for s in child["steps"] if s["start"] >= step["start"])
                 advantage = child["segments"][-1]["advantage"]
                 node.add(f"{_verdict(child)} branch, advantage {advantage:+.2f}: {_escape(text)}")
     drawn.add(f"{_verdict(root)} this response")
@@ -218,7 +224,7 @@ def _verdict(leaf: dict[str, Any]) -> str:
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text[:400])
+    return escape(text if len(text) <= 400 else text[:400] + " ...")
 
 
 class Terminal:
@@ -256,10 +262,17 @@ class Terminal:
     def step(self, metrics: dict[str, float]) -> None:
         """Prints one row of metrics."""
         if self._printed % 20 == 0:
-            heading = " ".join(f"{heading:>8}" for _, heading, _ in COLUMNS)
+            heading = " ".join(f"{heading:>7}" for _, heading, _ in COLUMNS)
             self.console.print(heading, style="bold", soft_wrap=True)
         cells = (form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS)
-        row = " ".join(f"{cell:>8}" for cell in cells)
+        row = " ".join(f"{cell:>7}" for cell in cells)
         self.console.print(row, highlight=False, soft_wrap=True)
+        if metrics.get("step/skipped"):
+            self.console.print(
+                "        skipped: no problem had both right and wrong responses; "
+                f"{metrics['judge/unanswered']:.0f} responses without an answer, "
+                f"{metrics['train/truncated']:.0%} cut at their budget",
+                soft_wrap=True,
+            )
         self._printed += 1
         self._progress.update(self._task, completed=metrics["step"])

@@ -110,8 +110,10 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
     try:
         with jax.set_mesh(mesh), claimed(folder, config), terminal:
             console.print(f"run folder: {folder}", soft_wrap=True)
-            if skipped:
-                console.print(f"{skipped} held-out problems skipped: prompts that do not fit")
+            console.print(
+                f"{len(task.held_out)} held-out problems, {skipped} left out for their prompts; "
+                "the first step compiles"
+            )
             params = jax.device_put(params, parameter_shardings(params, mesh))
             # A copy: the update gives the policy's own buffers away.
             reference = jax.tree.map(jnp.copy, params) if settings.train.loss.kl_beta > 0 else None
@@ -133,7 +135,8 @@ def _run(
             warm_up = {"step": 0, "seconds/warm_up": time.perf_counter() - begin}
         else:
             state = checkpointer.restore(train)
-            terminal.console.print(f"continuing after step {state.step}")
+            left = "nothing left to do" if finished(state, config) else "continuing"
+            terminal.console.print(f"{left} after step {state.step}")
         with closing(reporting.RunFolder(folder, -1 if done is None else done)) as files:
             if done is None:
                 record(files, terminal, warm_up | evaluate(state, setup))
@@ -161,6 +164,7 @@ def record(
     files: reporting.RunFolder, terminal: reporting.Terminal, metrics: dict[str, float]
 ) -> None:
     """Metrics of one step to the run folder and the terminal."""
+    metrics = {"step": metrics["step"], **metrics}
     files.write_metrics(metrics)
     terminal.step(metrics)
 
@@ -194,6 +198,9 @@ def main(argv: list[str]) -> None:
         name = f"{config.get('method')}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(flags.FLAGS.workdir or Path("runs") / name).absolute()
         history = run(config, folder, Console())
+    except KeyboardInterrupt:
+        print(f"\nstopped; continue with the same command and --workdir={folder}", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if flags.FLAGS.debug:
             raise
@@ -206,6 +213,7 @@ def command() -> None:
     """The command line. Flags are defined here, so that importing this file does nothing."""
     flags.DEFINE_string("workdir", None, "Run folder; by default a new one under runs/.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    app.define_help_flags()
     try:
         config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
         # ml_collections runs the file, and applies --config.name=value, as flags are parsed.

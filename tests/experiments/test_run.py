@@ -328,6 +328,7 @@ def test_the_readmes_command_for_other_models(tmp_path):
         ("--config=/nowhere.py", "/nowhere.py"),
         ("--config={}/broken.py", "no_such_module"),
         ("--config={}/empty.py", "get_config"),
+        ("unexpected", "unexpected"),
     ],
 )
 def test_errors_are_a_line_and_not_a_traceback(tmp_path, argument, message):
@@ -336,4 +337,11 @@ def test_errors_are_a_line_and_not_a_traceback(tmp_path, argument, message):
     done = command(argument.format(tmp_path))
     assert done.returncode != 0
     assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_explains():
+    done = command("--help")
+    assert "python -m experiments.run" in done.stdout
+    assert "--workdir" in done.stdout
     assert "Traceback" not in done.stderr
