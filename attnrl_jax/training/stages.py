@@ -22,7 +22,7 @@ from attnrl_jax.tasks.problems import Problem, ProblemStream
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training import rollout
 from attnrl_jax.training.state import TrainConfig
-from attnrl_jax.types import Rollouts, TrainRows
+from attnrl_jax.types import Rollouts, Scores, TrainRows
 
 
 @dataclass(frozen=True)
@@ -131,20 +131,31 @@ def initial_batch(
     return judge(setup, rows, problems, watch)
 
 
+def _scores(params: Any, setup: Setup, rows: Rollouts, with_fci: bool) -> Scores:
+    config = setup.config
+    return score_rows(
+        params,
+        setup.model,
+        rows.tokens,
+        rows.length,
+        rows.step_ids,
+        config.temperature,
+        delta=config.branching.delta,
+        with_fci=with_fci,
+        batch_rows=config.score_batch_rows,
+        length_multiple=config.length_multiple,
+        **layout(setup.mesh),
+    )
+
+
 def score(
     params: Any, setup: Setup, rows: Rollouts, *, with_fci: bool, watch: Stopwatch
 ) -> Rollouts:
     """Fills in what one forward pass says of the tokens that the rows sampled themselves."""
-    config = setup.config
     with watch.stage("score"):
-        scores = score_rows(
-            params, setup.model, rows.tokens, rows.length, rows.step_ids,
-            config.temperature, delta=config.branching.delta, with_fci=with_fci,
-            batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
-            **layout(setup.mesh),
-        )  # fmt: skip
+        scores = _scores(params, setup, rows, with_fci)
         own = rollout.own_tokens(rows)
-        logprobs = scores.logprobs if config.behaviour == "scorer" else rows.logprobs
+        logprobs = scores.logprobs if setup.config.behaviour == "scorer" else rows.logprobs
         return dataclasses.replace(
             rows,
             logprobs=np.where(own, logprobs, rows.logprobs),
@@ -175,17 +186,11 @@ def train_rows(
     setup: Setup, rows: Rollouts, advantages: np.ndarray, trained: np.ndarray
 ) -> TrainRows:
     """The rows of the update, with the reference policy's log-probabilities if they count."""
-    config = setup.config
     kept = jax.tree.map(lambda x: x[trained], rows)
     mask = rollout.response_tokens(kept)
     reference = np.zeros_like(kept.logprobs)
-    if config.loss.kl_beta > 0:
-        reference = score_rows(
-            setup.reference, setup.model, kept.tokens, kept.length, kept.step_ids,
-            config.temperature, delta=config.branching.delta, with_fci=False,
-            batch_rows=config.score_batch_rows, length_multiple=config.length_multiple,
-            **layout(setup.mesh),
-        ).logprobs  # fmt: skip
+    if setup.config.loss.kl_beta > 0:
+        reference = np.asarray(_scores(setup.reference, setup, kept, with_fci=False).logprobs)
     return TrainRows(
         tokens=kept.tokens,
         length=kept.length,

@@ -358,10 +358,11 @@ def test_bfloat16_is_close(model):
     assert 0 < divergence.mean() < 2e-3
     assert jnp.abs(exact - got).max() < 0.3
     n = z["lengths"][0]
-    # The largest difference is one entry's and moves with the compiler; the mean tells more.
+    # Which entry differs most moves with the compiler: one in a thousand may pass 0.05, by little.
     difference = np.abs(output.attention[:, 0, :, :n, :n] - z["attn_seq0"])
+    assert (difference > 0.05).mean() < 1e-3
+    assert difference.max() < 0.06
     assert difference.mean() < 5e-3
-    assert difference.max() < 0.1
 
 
 @pytest.mark.parametrize("gradient", [False, True])
