@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from attnrl_jax.datasets.files import read_jsonl
+from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.models.config import ModelConfig, read_config
 from attnrl_jax.models.weights import load_params
 from attnrl_jax.tasks.graph import GraphSource
 from attnrl_jax.tasks.judging import ExactJudge, MathJudge
-from attnrl_jax.tasks.problems import DataError, Problem, ProblemStream, read_jsonl
+from attnrl_jax.tasks.problems import DataError, Problem
 from attnrl_jax.tasks.prompts import build_prompt
 from attnrl_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 from attnrl_jax.training.stages import Task

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attnrl_jax"
 
 BELOW_MODELS = {"types", "shapes", "sharding", "branching", "algorithms"}
-BELOW_TRAINING = BELOW_MODELS | {"models", "sampling", "scoring", "tasks"}
+BELOW_TRAINING = BELOW_MODELS | {"models", "sampling", "scoring", "tasks", "datasets"}
 # What each room of the package may import of the others.
 MAY_IMPORT = {
     "types": set(),
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "algorithms": {"types", "branching"},
     "sharding": {"types"},
     "tasks": {"types", "branching"},
+    "datasets": {"tasks"},
     "models": BELOW_MODELS,
     "sampling": BELOW_MODELS | {"models"},
     "scoring": BELOW_MODELS | {"models"},

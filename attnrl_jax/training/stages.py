@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sampling.sampler import Request, Response, sample
 from attnrl_jax.scoring import score_rows
 from attnrl_jax.sharding import batch_devices, batch_sharding
 from attnrl_jax.tasks.judging import Judge, JudgeCounts
-from attnrl_jax.tasks.problems import Problem, ProblemStream
+from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training import rollout
 from attnrl_jax.training.state import TrainConfig

@@ -11,8 +11,9 @@ import pytest
 from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.scoring import score
-from attnrl_jax.tasks.problems import Problem, ProblemStream
+from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training.loop import evaluate
 from attnrl_jax.training.rollout import (
     empty_rollouts,

@@ -10,9 +10,10 @@ import numpy as np
 
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.tasks.judging import JudgeCounts, Verdicts
-from attnrl_jax.tasks.problems import Problem, ProblemStream
+from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training.loop import LoopState, StepReport, start, train_steps
 from attnrl_jax.training.stages import Setup, Task
