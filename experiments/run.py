@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,7 @@ from attnrl_jax.training.loop import evaluate, finished, start, train_steps
 from attnrl_jax.training.stages import Setup
 from attnrl_jax.training.state import TrainState, init_state
 from experiments import reporting
+from experiments.commands import interrupted, stop
 from experiments.settings import build
 from experiments.tasks import build_task, load_policy
 
@@ -179,15 +179,6 @@ def result_line(history: list[dict[str, float]]) -> str:
     )
 
 
-def stop(error: Exception) -> NoReturn:
-    """Ends the command with an error in one paragraph."""
-    text = str(error).strip()
-    if not isinstance(error, ValueError | OSError):
-        text = f"{type(error).__name__}: {text} (--debug shows where)"
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
@@ -199,8 +190,7 @@ def main(argv: list[str]) -> None:
         folder = Path(flags.FLAGS.workdir or Path("runs") / name).absolute()
         history = run(config, folder, Console())
     except KeyboardInterrupt:
-        print(f"\nstopped; continue with the same command and --workdir={folder}", file=sys.stderr)
-        sys.exit(130)
+        interrupted(f"continue with the same command and --workdir={folder}")
     except Exception as error:
         if flags.FLAGS.debug:
             raise

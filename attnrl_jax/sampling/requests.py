@@ -22,6 +22,8 @@ class Request:
       temperature: 0 is greedy.
       top_p: nucleus probability; 1 keeps everything.
       top_k: number of best tokens kept; 0 keeps everything.
+      first_sample: number of the first response. Response k of a request draws the noise of
+        (seed, first_sample + k), so that samples can be asked for one by one, or again.
     """
 
     prefix: np.ndarray
@@ -31,6 +33,7 @@ class Request:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    first_sample: int = 0
 
 
 def request_key(seed: int | tuple[int, ...]) -> np.ndarray:
@@ -60,6 +63,11 @@ def check_requests(
             )
         if request.num_samples < 0:
             raise ValueError(f"request {index}: num_samples {request.num_samples} is negative")
+        if not 0 <= request.first_sample < 2**31 - request.num_samples:
+            raise ValueError(
+                f"request {index}: first_sample must be within 0 .. 2**31 - 1; "
+                f"got {request.first_sample}"
+            )
         if request.budget < 0:
             raise ValueError(f"request {index}: budget {request.budget} is negative")
         total = prefix.size + request.budget

@@ -101,6 +101,8 @@ class SampleStats:
 
 
 Progress = Callable[[int, int], None]
+# Called with (index of the request, index of its response, the response).
+OnResponse = Callable[[int, int, Response], None]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def sample(
     end_ids: Sequence[int],
     config: SamplerConfig,
     progress: Progress | None = None,
+    on_response: OnResponse | None = None,
 ) -> tuple[list[list[Response]], SampleStats]:
     """Samples every request, on the mesh that is set, or on one device.
 
@@ -150,6 +153,8 @@ def sample(
       end_ids: tokens that close a response.
       config: shapes and rhythm; no result depends on it.
       progress: called with (responses finished, responses in all).
+      on_response: called with every response once, soon after it is finished and while the devices
+        decode the others; those that need no decoding come first.
 
     Returns:
       for each request its responses, in order; and what the call cost.
@@ -160,6 +165,10 @@ def sample(
     """
     check_requests(requests, end_ids, model, config.cache_length)
     responses = [[_EMPTY] * request.num_samples for request in requests]
+    if on_response is not None:
+        for index, request in enumerate(requests):
+            for k in range(request.num_samples if request.budget == 0 else 0):
+                on_response(index, k, _EMPTY)
     groups = _share_prefixes(requests)
     total = sum(len(group.samples) for group in groups)
     stats = SampleStats()
@@ -184,6 +193,7 @@ def sample(
     lengths = np.zeros(slots, np.int64)
     block = next(blocks)
     waiting, finished = total, 0
+    news: list[_Sample] = []
     while finished < total:
         free = [slot for slot, running_sample in enumerate(running) if running_sample is None]
         while free and waiting:
@@ -211,18 +221,30 @@ def sample(
             truncated,
             attend,
         )
+        # The devices are at work now: time for the caller's own.
+        _report(news, responses, on_response)
         still_active, lengths, steps = jax.device_get((state.active, state.length, steps))
         lengths = np.array(lengths)
         stats.dispatches += 1
         stats.decode_steps += int(steps)
         stats.slot_steps += int(steps) * slots
         done = [slot for slot in active if not still_active[slot]]
+        news = [sampled for slot in done if (sampled := running[slot])]
         if done:
             _collect(state, lengths, done, running, requests, responses, stats)
             finished += len(done)
             if progress is not None:
                 progress(finished, total)
+    _report(news, responses, on_response)
     return responses, stats
+
+
+def _report(
+    news: list[_Sample], responses: list[list[Response]], on_response: OnResponse | None
+) -> None:
+    if on_response is not None:
+        for done in news:
+            on_response(done.request, done.index, responses[done.request][done.index])
 
 
 _EMPTY = Response(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
@@ -307,7 +329,7 @@ def _admissions(
         entering.length[entry] = len(request.prefix)
         entering.limit[entry] = len(request.prefix) + request.budget
         entering.seed[entry] = request_key(request.seed)
-        entering.sample[entry] = entered.index
+        entering.sample[entry] = request.first_sample + entered.index
         entering.temperature[entry] = request.temperature
         entering.top_p[entry] = request.top_p
         entering.top_k[entry] = request.top_k

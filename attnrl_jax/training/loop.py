@@ -5,7 +5,8 @@
         draw b_{t+2}
         choose the branch positions of b_t from its initial responses     (sampled with θ_{t-2})
         sample with θ_{t-1}: continuations of b_t, initial responses of b_{t+1}
-        score what was sampled with θ_{t-1}; judge it
+            (judged while generation goes on)
+        score what was sampled with θ_{t-1}
         build the trees of b_t: values, advantages; filter
         update θ_{t-1} -> θ_t on what is left
 
@@ -36,11 +37,11 @@ from attnrl_jax.sampling.sampler import Request, sample
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training import rollout
 from attnrl_jax.training.stages import (
+    Group,
     Setup,
     Stopwatch,
     generate,
     initial_batch,
-    judge,
     layout,
     score,
     train_rows,
@@ -119,11 +120,9 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     watch = Stopwatch(setup.on_stage)
     state = _advance(_advance(state, setup), setup)
     problems = _problems_at(state.batch_start, state.batch_count, setup)
-    prompts = [setup.task.prompt(problem) for problem in problems]
-    requests = rollout.initial_requests(prompts, setup.config, batch=1)
     params = state.train.params
-    [samples], tokens = generate(params, setup, [requests], watch)
-    initial = initial_batch(params, setup, problems, prompts, samples, 0, watch)
+    [sampled], tokens = generate(params, setup, [_initial_group(problems, setup, 1)], watch)
+    initial = initial_batch(params, setup, sampled, 0, watch)
     return dataclasses.replace(state, batch=initial, sampled_tokens=tokens)
 
 
@@ -154,7 +153,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     watch = Stopwatch(setup.on_stage)
     begin = time.perf_counter()
     rng = np.random.default_rng([config.seed, rollout.BRANCHES, step])
-    sampled = 0
+    sampled_tokens = 0
 
     # Draw, and on-policy sample the initial responses at once.
     if state.step > 0 and state.surviving_rows > 0:
@@ -171,16 +170,14 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         initial = state.batch
         next_problems = _problems_at(state.next_start, state.next_count, setup)
         state = _advance(state, setup)
-        next_prompts = [task.prompt(problem) for problem in next_problems]
-        next_requests = rollout.initial_requests(next_prompts, config, batch=step + 1)
+        next_group = _initial_group(next_problems, setup, step + 1)
     else:
         state = _advance(state, setup)
         problems = _problems_at(state.next_start, state.next_count, setup)
-        prompts = [task.prompt(problem) for problem in problems]
-        requests = rollout.initial_requests(prompts, config, batch=step)
-        [samples], sampled = generate(params, setup, [requests], watch)
-        initial = initial_batch(params, setup, problems, prompts, samples, version, watch)
-        next_requests = []
+        group = _initial_group(problems, setup, step)
+        [first], sampled_tokens = generate(params, setup, [group], watch)
+        initial = initial_batch(params, setup, first, version, watch)
+        next_group = Group([], [])
     assert initial is not None
 
     # Choose branch positions, then one joint round of generation.
@@ -190,26 +187,26 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
             CumulativeMean(state.easy_mean, state.easy_count), rng,
         )  # fmt: skip
         branches = plan.list()
-        branch_requests = rollout.continuation_requests(initial, branches, config, version)
-    (continued, next_samples), tokens = generate(
-        params, setup, [branch_requests, next_requests], watch
-    )
-    sampled += tokens
+        branch_group = Group(
+            rollout.continuation_requests(initial, branches, config, version),
+            [problems[initial.problem[row]].answers for row, _ in branches],
+            rollout.judged_contexts(initial, branches, config),
+        )
+    (continued, next_sampled), tokens = generate(params, setup, [branch_group, next_group], watch)
+    sampled_tokens += tokens
 
-    # Score and judge what was sampled.
+    # Score what was sampled.
     rows = initial
     if branches:
         continuations = rollout.continuation_rows(
-            initial, branches, continued, task.tokenizer.separators(), version
+            initial, branches, continued.responses, task.tokenizer.separators(), version
         )
         continuations = score(params, setup, continuations, with_fci=False, watch=watch)
-        continuations = judge(setup, continuations, problems, watch)
+        continuations = dataclasses.replace(continuations, reward=continued.rewards)
         rows = rollout.join_rows(initial, continuations)
     next_batch = None
     if off_policy:
-        next_batch = initial_batch(
-            params, setup, next_problems, next_prompts, next_samples, version, watch
-        )
+        next_batch = initial_batch(params, setup, next_sampled, version, watch)
 
     # Trees, advantages, filters.
     with watch.stage("tree"):
@@ -242,11 +239,11 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         surviving_rows=survivors,
         easy_mean=easy_mean.mean,
         easy_count=easy_mean.count,
-        sampled_tokens=state.sampled_tokens + sampled,
+        sampled_tokens=state.sampled_tokens + sampled_tokens,
         trained_tokens=state.trained_tokens + trained_tokens,
         skipped_steps=state.skipped_steps + (survivors == 0),
     )
-    metrics |= _closing_metrics(state, watch, sampled, trained_tokens, survivors)
+    metrics |= _closing_metrics(state, watch, sampled_tokens, trained_tokens, survivors)
     total = time.perf_counter() - begin
     seconds = watch.seconds | {"other": total - sum(watch.seconds.values()), "step": total}
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
@@ -341,13 +338,19 @@ def _problems_at(start: int, count: int, setup: Setup) -> list[Problem]:
     return setup.task.stream.take(start, count).problems
 
 
+def _initial_group(problems: list[Problem], setup: Setup, batch: int) -> Group:
+    prompts = [setup.task.prompt(problem) for problem in problems]
+    requests = rollout.initial_requests(prompts, setup.config, batch)
+    return Group(requests, [problem.answers for problem in problems])
+
+
 def _closing_metrics(
-    state: LoopState, watch: Stopwatch, sampled: int, trained_tokens: int, survivors: int
+    state: LoopState, watch: Stopwatch, sampled_tokens: int, trained_tokens: int, survivors: int
 ) -> dict[str, float]:
     """Counters of the step that has just ended, and of the run so far."""
     return {
         "step": state.step,
-        "tokens/sampled": sampled,
+        "tokens/sampled": sampled_tokens,
         "tokens/trained": trained_tokens,
         "tokens/sampled_total": state.sampled_tokens,
         "tokens/trained_total": state.trained_tokens,

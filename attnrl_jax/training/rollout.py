@@ -209,6 +209,19 @@ def continuation_requests(
     return requests
 
 
+def judged_contexts(
+    initial: Rollouts, branches: Sequence[tuple[int, int]], config: TrainConfig
+) -> list[np.ndarray]:
+    """Tokens that are judged before those of a continuation: the shared part of the response, or
+    none where a continuation is judged on its own text (the released program)."""
+    contexts = []
+    for row, offset in branches:
+        start = int(initial.prompt_length[row])
+        shared = offset if config.judge == "full" else 0
+        contexts.append(initial.tokens[row, start : start + shared])
+    return contexts
+
+
 def continuation_rows(
     initial: Rollouts,
     branches: Sequence[tuple[int, int]],

@@ -1,4 +1,4 @@
-"""The stages of a training step: generate, score, judge, and the rows of the update."""
+"""The stages of a training step: generate and judge, score, and the rows of the update."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sampling.sampler import Request, Response, sample
 from attnrl_jax.scoring import score_rows
 from attnrl_jax.sharding import batch_devices, batch_sharding
-from attnrl_jax.tasks.judging import Judge, JudgeCounts
+from attnrl_jax.tasks.judging import Judge, JudgeCounts, Pending
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training import rollout
@@ -95,41 +95,87 @@ def layout(mesh: Mesh | None) -> dict[str, Any]:
     return {"sharding": batch_sharding(mesh), "row_multiple": batch_devices(mesh)}
 
 
+@dataclass(frozen=True)
+class Group:
+    """Requests of one kind, and what their responses are judged by.
+
+    Attributes:
+      requests: to the sampler.
+      answers: golds of each request's problem.
+      contexts: tokens that are judged before each request's own; none if empty.
+    """
+
+    requests: list[Request]
+    answers: list[tuple[str, ...]]
+    contexts: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A group with its responses, request by request, and the reward of each, in one row."""
+
+    requests: list[Request]
+    responses: list[list[Response]]
+    rewards: np.ndarray
+
+
 def generate(
-    params: Any, setup: Setup, groups: Sequence[list[Request]], watch: Stopwatch
-) -> tuple[list[list[list[Response]]], int]:
-    """One round of generation for several lists of requests, and the tokens it sampled."""
+    params: Any, setup: Setup, groups: Sequence[Group], watch: Stopwatch
+) -> tuple[list[Sampled], int]:
+    """One round of generation for all groups, judged while it goes on; and its tokens.
+
+    What the stage `judge` takes is what is left to wait for when generation has ended.
+    """
+    task = setup.task
+    requests = [request for group in groups for request in group.requests]
+    answers = [golds for group in groups for golds in group.answers]
+    nothing = np.zeros(0, np.int32)
+    contexts = [c for g in groups for c in g.contexts or [nothing] * len(g.requests)]
+    asked: list[list[Pending | None]] = [[None] * request.num_samples for request in requests]
+
+    def ask(request: int, k: int, response: Response) -> None:
+        text = task.tokenizer.decode(np.concatenate([contexts[request], response.tokens]))
+        asked[request][k] = task.judge.submit([(text, answers[request])])
+
     with watch.stage("generate"):
-        requests = [request for group in groups for request in group]
-        samples, _ = sample(
-            params, setup.model, requests, setup.task.tokenizer.end_ids,
-            setup.config.sampler,
+        samples, stats = sample(
+            params, setup.model, requests, task.tokenizer.end_ids, setup.config.sampler,
+            on_response=ask,
         )  # fmt: skip
+    with watch.stage("judge"):
+        rewards = [[_reward(pending, watch) for pending in responses] for responses in asked]
     parts, begin = [], 0
     for group in groups:
-        parts.append(samples[begin : begin + len(group)])
-        begin += len(group)
-    tokens = sum(len(response.tokens) for responses in samples for response in responses)
-    return parts, tokens
+        part = slice(begin, begin + len(group.requests))
+        flat = [reward for responses in rewards[part] for reward in responses]
+        parts.append(Sampled(group.requests, samples[part], np.array(flat, np.float32)))
+        begin = part.stop
+    return parts, stats.useful_tokens
+
+
+def _reward(pending: Pending | None, watch: Stopwatch) -> float:
+    assert pending is not None
+    verdicts = pending.result()
+    watch.judged = JudgeCounts(*map(sum, zip(watch.judged, verdicts.counts, strict=True)))
+    return float(verdicts.rewards[0])
 
 
 def initial_batch(
     params: Any,
     setup: Setup,
-    problems: list[Problem],
-    prompts: list[np.ndarray],
-    samples: Sequence[Sequence[Response]],
+    sampled: Sampled,
     version: int,
     watch: Stopwatch,
 ) -> Rollouts:
-    """Initial responses as rows, scored and judged."""
+    """Initial responses as rows, scored, with their rewards."""
     config = setup.config
     width = config.prompt_budget + config.response_budget
     separators = setup.task.tokenizer.separators()
-    rows = rollout.initial_rows(prompts, samples, separators, width, version)
+    prompts = [request.prefix for request in sampled.requests]
+    rows = rollout.initial_rows(prompts, sampled.responses, separators, width, version)
     with_fci = config.branching.rule == "fci" or config.expansion.filter_easy
     rows = score(params, setup, rows, with_fci=with_fci, watch=watch)
-    return judge(setup, rows, problems, watch)
+    return dataclasses.replace(rows, reward=sampled.rewards)
 
 
 def _scores(params: Any, setup: Setup, rows: Rollouts, with_fci: bool) -> Scores:
@@ -163,24 +209,6 @@ def score(
             entropy=np.where(own, scores.entropy, rows.entropy),
             fci=np.asarray(scores.fci),
         )
-
-
-def judge(setup: Setup, rows: Rollouts, problems: list[Problem], watch: Stopwatch) -> Rollouts:
-    """Rewards of the rows, judged on the whole response or on the continuation's own text."""
-    with watch.stage("judge"):
-        skip = rows.split if setup.config.judge == "continuation" else np.zeros_like(rows.split)
-        pairs = [
-            (
-                setup.task.tokenizer.decode(
-                    rows.tokens[row, rows.prompt_length[row] + skip[row] : rows.length[row]]
-                ),
-                problems[rows.problem[row]].answers,
-            )
-            for row in range(len(rows.length))
-        ]
-        rewards, counts = setup.task.judge.judge_many(pairs)
-        watch.judged = JudgeCounts(*map(sum, zip(watch.judged, counts, strict=True)))
-        return dataclasses.replace(rows, reward=rewards)
 
 
 def train_rows(

@@ -239,6 +239,37 @@ def test_every_response_comes_back_once(policy):
     assert len(distinct) == sum(len(r.tokens) > 5 for s in responses for r in s)
 
 
+def test_responses_are_reported_once_as_they_finish(policy):
+    """Also empty ones; and before the call ends, so that the caller can work on them meanwhile."""
+    prefixes = _prefixes(12, seed=8)
+    requests = [Request(p, 1 + i % 3, i % 9, seed=i) for i, p in enumerate(prefixes)]
+    events = []
+    responses, _ = sample(
+        *policy, requests, END, replace(SMALL, slots=3),
+        lambda done, total: events.append(done),
+        lambda index, k, response: events.append((index, k, response)),
+    )  # fmt: skip
+    reported = [event for event in events if isinstance(event, tuple)]
+    assert sorted((index, k) for index, k, _ in reported) == [
+        (i, k) for i, request in enumerate(requests) for k in range(request.num_samples)
+    ]
+    for index, k, response in reported:
+        assert response is responses[index][k]
+    last = max(i for i, event in enumerate(events) if isinstance(event, int))
+    assert sum(isinstance(event, tuple) for event in events[:last]) > len(reported) / 2
+
+
+def test_samples_can_be_asked_for_one_by_one(policy):
+    (prefix,) = _prefixes(1, seed=9)
+    [together], _ = sample(*policy, [Request(prefix, 4, 20, seed=3)], (), SMALL)
+    order = (2, 0, 3, 1)
+    requests = [Request(prefix, 1, 20, seed=3, first_sample=k) for k in order]
+    apart, stats = sample(*policy, requests, (), SMALL)
+    assert stats.prefills == 1
+    for k, [response] in zip(order, apart, strict=True):
+        np.testing.assert_array_equal(response.tokens, together[k].tokens)
+
+
 def test_seeds(policy):
     (prefix,) = _prefixes(1)
     seeds = [7, (7,), (7, 0), (0, 7), 0, (0,), 2**40]
@@ -291,6 +322,7 @@ def test_bfloat16(policy):
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"seed": -3}, "seed"),
+        ({"first_sample": -1}, "first_sample"),
     ],
 )
 def test_bad_requests_are_refused(policy, change, said):

@@ -219,25 +219,22 @@ def test_the_control_trains_the_same_rows_with_other_advantages(golden):
     assert np.any(honest.advantages != shuffled.advantages)
 
 
-def test_continuations_may_be_judged_on_their_own_text(golden):
-    setup = tiny_setup(golden, steps=1, judge="continuation")
-    calls = []
-
-    class Recorder(ChecksumJudge):
-        def judge_many(self, items):
-            calls.append([text for text, _ in items])
-            return super().judge_many(items)
-
-    setup = dataclasses.replace(setup, task=dataclasses.replace(setup.task, judge=Recorder()))
+@pytest.mark.parametrize("judged", ["full", "continuation"])
+def test_rewards_belong_to_their_responses(golden, judged):
+    """Responses are judged as they finish, in any order; whole, or a continuation on its own."""
+    setup = tiny_setup(golden, steps=1, judge=judged)
     _, [report], _ = run_steps(fresh_state(golden, setup), setup)
     rows = report.rows
-    continued = np.flatnonzero(rows.root != np.arange(len(rows.root)))
-    begin = rows.prompt_length + rows.split
-    own = [
-        setup.task.tokenizer.decode(rows.tokens[r, begin[r] : rows.length[r]]) for r in continued
+    continued = rows.root != np.arange(len(rows.root))
+    assert 0 < continued.sum() < len(continued)
+    begin = rows.prompt_length + (rows.split if judged == "continuation" else 0)
+    texts = [
+        setup.task.tokenizer.decode(rows.tokens[r, begin[r] : rows.length[r]])
+        for r in range(len(rows.length))
     ]
-    # Warm-up, then the continuations, then the initial responses of the next batch.
-    assert calls[1] == own
+    rewards, _ = ChecksumJudge().judge_many([(text, ("1",)) for text in texts])
+    np.testing.assert_array_equal(rows.reward, rewards)
+    assert 0 < rows.reward[continued].sum() < continued.sum()
 
 
 def test_the_penalty_is_towards_the_reference(golden):

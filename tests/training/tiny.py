@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,13 @@ from attnrl_jax.training.state import OptimizerConfig, TrainConfig, init_state
 from tests.conftest import GoldenModel
 
 
+class _Decided(NamedTuple):
+    verdicts: Verdicts
+
+    def result(self) -> Verdicts:
+        return self.verdicts
+
+
 class ChecksumJudge:
     """Rewards responses whose checksum is even: about half of what a random model writes."""
 
@@ -29,7 +36,7 @@ class ChecksumJudge:
         return Verdicts(np.array(rewards, np.float32), JudgeCounts(exact=len(items)))
 
     def submit(self, items):
-        raise AssertionError("the loop judges at once")
+        return _Decided(self.judge_many(items))
 
     def close(self) -> None:
         pass

@@ -1,0 +1,60 @@
+"""What all commands share: how they end when something goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+def stop(error: Exception) -> NoReturn:
+    """Ends the command with an error in one paragraph, exit code 2."""
+    text = str(error).strip()
+    if not isinstance(error, ValueError | OSError):
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def interrupted(how_to_continue: str) -> NoReturn:
+    """Ends a command that was interrupted by Ctrl-C, exit code 130."""
+    print(f"\nstopped; {how_to_continue}", file=sys.stderr)
+    sys.exit(130)
+
+
+def parser(module_docstring: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring, with `--debug`.
+
+    Args:
+      module_docstring: `__doc__` of the command's module.
+      name: of the module under `experiments`.
+    """
+    made = argparse.ArgumentParser(
+        prog=f"python -m experiments.{name}",
+        description=module_docstring,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def guarded(
+    main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace, again: str
+) -> None:
+    """Runs a command's main function and turns its end into an exit code.
+
+    Args:
+      main: given the parsed arguments.
+      arguments: with `debug`.
+      again: how an interrupted command is continued.
+    """
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        interrupted(again)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        stop(error)
