@@ -12,9 +12,10 @@ class Draw(NamedTuple):
     """Problems drawn from a stream.
 
     Attributes:
-      problems: as many as were asked for, in order.
-      cursor: where the next draw starts; all there is to save of a stream.
-      skipped: problems passed over in this draw, by the name of the filter that refused them.
+      problems: as many as were asked for, in order; of several shards, this shard's part of them.
+      cursor: where the next draw starts; all there is to save of a stream. The same in all shards.
+      skipped: problems passed over in this draw, by the name of the filter that refused them. The
+        same in all shards.
     """
 
     problems: list[Problem]
@@ -55,15 +56,27 @@ class ProblemStream:
         self._filters = dict(filters or {})
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
-    def take(self, cursor: int, count: int) -> Draw:
+    def take(self, cursor: int, count: int, shard: tuple[int, int] = (0, 1)) -> Draw:
         """The next `count` problems from `cursor` (0 at the start of a run).
+
+        The draw of every shard is the same, and shard `(index, number)` keeps problems `index`,
+        `index + number`, ... of it. The order of a run therefore does not depend on the number of
+        processes, and a cursor saved under one number continues under another.
+
+        Args:
+          cursor: where the draw starts.
+          count: problems of the draw, over all shards.
+          shard: index of this process, 0 .. number-1, and number of processes.
 
         Raises:
           DataError: a whole epoch in a row was refused by the filters.
-          ValueError: a negative cursor or count.
+          ValueError: a negative cursor or count, or no such shard.
         """
         if cursor < 0 or count < 0:
             raise ValueError(f"cursor and count must not be negative, got {cursor} and {count}")
+        index, number = shard
+        if not 0 <= index < number:
+            raise ValueError(f"shard must be (index, number) with 0 <= index < number, got {shard}")
         problems: list[Problem] = []
         skipped = dict.fromkeys(self._filters, 0)
         refused_in_a_row = 0
@@ -83,4 +96,4 @@ class ProblemStream:
                 raise DataError(
                     f"none of the {self._length} problems passes the filters; skipped: {skipped}"
                 )
-        return Draw(problems, cursor, skipped)
+        return Draw(problems[index::number], cursor, skipped)

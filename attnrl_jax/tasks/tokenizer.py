@@ -84,21 +84,32 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return getattr(self.backend, "chat_template", None) is not None
+        # Some base models come with an empty one.
+        return bool(getattr(self.backend, "chat_template", None))
 
-    def chat_text(self, messages: Sequence[dict[str, str]]) -> str:
+    def chat_text(self, messages: Sequence[dict[str, str]], **variables: Any) -> str:
         """The conversation in the model's own format, with the assistant's turn opened.
 
+        Args:
+          messages: of `role` and `content`.
+          **variables: of this model's template (such as `enable_thinking`).
+
         Raises:
-          ValueError: the template refuses the conversation or fails on it.
+          ValueError: the template refuses the conversation or fails on it, or does not know a
+            variable.
         """
         try:
-            return self.backend.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+            template = self.backend.get_chat_template()
+            text = self.backend.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **variables
             )
         except Exception as error:  # a template is a program, its filters raise what they like
             roles = [message["role"] for message in messages]
             raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
+        for name in variables:
+            if name not in template:
+                raise ValueError(f"the chat template has no variable {name}")
+        return text
 
     def separators(self) -> Separators:
         r"""Which ids end a step: those whose own decoded text has a blank line, or a newline.

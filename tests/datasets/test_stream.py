@@ -1,5 +1,6 @@
 """The stream over a source of problems."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnrl_jax.datasets.files import read_problems
+from attnrl_jax.datasets.preparation import prepare
+from attnrl_jax.datasets.prepared import open_prepared
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.tasks.problems import DataError, Problem
 
@@ -32,7 +36,7 @@ def test_an_epoch_is_a_permutation_and_epochs_differ():
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8))
 def test_batches_of_any_size_cut_one_sequence(sizes):
     """The adaptive batch changes its size every step: the order must not depend on it."""
-    stream = ProblemStream(problems(7), 0, {"odd": lambda p: int(p.id) % 2 == 0})
+    stream = ProblemStream(problems(50), 0, {"odd": lambda p: int(p.id) % 2 == 0})
     cursor, taken, skipped = 0, [], 0
     for size in sizes:
         draw = stream.take(cursor, size)
@@ -76,6 +80,49 @@ def test_bad_arguments():
         ProblemStream(problems(2), -1)
     with pytest.raises(ValueError, match="cursor"):
         ProblemStream(problems(2), 0).take(-1, 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=6),
+    st.integers(0, 3),
+)
+def test_shards_interleave_to_the_one_draw(steps, seed):
+    """Whatever the number of processes, which may change from step to step where a run was saved
+    and continued, the run draws the same problems."""
+    stream = ProblemStream(problems(50), seed, {"odd": lambda p: int(p.id) % 2 == 0})
+    cursor, taken = 0, []
+    for count, number in steps:
+        shards = [stream.take(cursor, count, (index, number)) for index in range(number)]
+        assert len({(shard.cursor, shard.skipped["odd"]) for shard in shards}) == 1
+        assert max(len(s.problems) for s in shards) - min(len(s.problems) for s in shards) <= 1
+        woven = [None] * count
+        for index, shard in enumerate(shards):
+            woven[index::number] = shard.problems
+        taken += woven
+        cursor = shards[0].cursor
+    whole = stream.take(0, sum(count for count, _ in steps))
+    assert taken == whole.problems
+    assert cursor == whole.cursor
+
+
+def test_prepared_problems_are_drawn_like_a_list(tmp_path):
+    """The order is a function of the seed and the length: the source may change its storage."""
+    rows = [{"problem": f"What is {i}?", "answer": str(i)} for i in range(23)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_prepared(prepare([str(path)], tmp_path / "out").folder)
+    listed = read_problems(path)
+    draw = ProblemStream(source, 3).take(0, 17)
+    assert draw.problems == ProblemStream(listed, 3).take(0, 17).problems
+    rest = ProblemStream(source, 3).take(draw.cursor, 40, (1, 2)).problems
+    assert rest == ProblemStream(listed, 3).take(0, 57).problems[18::2]
+
+
+@pytest.mark.parametrize("shard", [(0, 0), (2, 2), (-1, 2)])
+def test_no_such_shard(shard):
+    with pytest.raises(ValueError, match="shard"):
+        ProblemStream(problems(2), 0).take(0, 1, shard)
 
 
 def test_import_is_light():

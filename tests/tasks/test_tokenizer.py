@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from attnrl_jax.branching.steps import end_of_thinking, segment_steps
 from attnrl_jax.tasks.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "models" / "qwen2_tied"
@@ -20,9 +21,10 @@ def write_folder(folder, *, think=True, config_end=1, generation_end=None, own_e
     """A byte-level BPE with the merges that newlines need, as Qwen's has them."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *letters])}
-    for merged in ("ĊĊ", ".Ċ", ".ĊĊ", "ab"):
+    # The last one is a blank line and the first byte of a letter of two.
+    for merged in ("ĊĊ", ".Ċ", ".ĊĊ", "ab", "ĊĊÃ"):
         vocab[merged] = len(vocab)
-    merges = [("Ċ", "Ċ"), (".", "ĊĊ"), (".", "Ċ"), ("a", "b")]
+    merges = [("Ċ", "Ċ"), (".", "ĊĊ"), (".", "Ċ"), ("a", "b"), ("ĊĊ", "Ã")]
     backend = Backend(models.BPE(vocab=vocab, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -66,10 +68,20 @@ def test_separators_cover_the_models_vocabulary(tmp_path):
     texts = [tokenizer.backend.decode([i]) for i in range(len(tokenizer.backend))]
     blank = {texts[i] for i in np.flatnonzero(separators.blank_line)}
     newline = {texts[i] for i in np.flatnonzero(separators.newline)}
-    assert blank == {"\n\n", ".\n\n"}
-    assert newline == {"\n", "\n\n", ".\n", ".\n\n"}
+    assert blank == {"\n\n", ".\n\n", "\n\n\ufffd"}
+    assert newline == {"\n", "\n\n", ".\n", ".\n\n", "\n\n\ufffd"}
     assert texts[separators.end_think] == "</think>"
     assert tokenizer.separators() is separators
+
+
+def test_steps_end_where_a_blank_line_is_part_of_an_id(tmp_path):
+    """An id that ends inside a letter decodes to no valid text, and still ends a step."""
+    tokenizer = load_tokenizer(write_folder(tmp_path), vocab_size=320)
+    ids = tokenizer.encode("ab.\n\nab\n\nÃab</think>7")[None]
+    steps = segment_steps(ids, np.array([1]), np.array([ids.shape[1]]), tokenizer.separators())
+    parts = [tokenizer.decode(ids[0, steps[0] == step]) for step in range(1, steps.max() + 1)]
+    assert parts == [".\n\n", "ab\n\n\ufffd", "\ufffdab</think>7"]
+    assert end_of_thinking(ids, steps, tokenizer.separators()).tolist() == [3]
 
 
 def test_think_in_several_ids_is_none(tmp_path):
