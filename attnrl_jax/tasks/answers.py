@@ -8,6 +8,7 @@ this way goes to math-verify in a worker process (`attnrl_jax.tasks.judging`), t
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
 from typing import NamedTuple
@@ -31,24 +32,36 @@ class _Box(NamedTuple):
 
 def _boxes(text: str) -> list[_Box]:
     """Outermost balanced boxes in order; one pass, so a wall of unclosed boxes stays linear."""
-    open_braces: list[re.Match[str]] = []
+    begin = text.find(r"\boxed")
+    if begin < 0:
+        return []
+    # Braces before the first box change nothing; whether its backslash is escaped does.
+    while begin and text[begin - 1] == "\\":
+        begin -= 1
+    opened: list[tuple[int, int] | None] = []
     found: list[_Box] = []
-    for token in _BRACES.finditer(text):
-        if token.group().endswith("{") and token.group() != r"\{":
-            open_braces.append(token)
-        elif token.group() == "}" and open_braces:
-            opening = open_braces.pop()
-            if opening.group() != "{":
-                while found and found[-1].start > opening.start():
+    for token in _BRACES.finditer(text, begin):
+        start, end = token.span()
+        if text[start] == "{":
+            opened.append(None)
+        elif text[start] == "}":
+            opening = opened.pop() if opened else None
+            if opening is not None:
+                while found and found[-1].start > opening[0]:
                     found.pop()
-                content = text[opening.end() : token.start()]
-                found.append(_Box(opening.start(), token.end(), content))
+                found.append(_Box(opening[0], end, text[opening[1] : start]))
+        elif end - start > 2:  # a box; otherwise an escaped character
+            opened.append((start, end))
     return found
 
 
 def after_think(response_text: str) -> str:
-    """What follows the last `</think>`; the whole text where there is none."""
-    return response_text.rpartition("</think>")[2]
+    """What follows the last `</think>`, up to a `<think>` that is never closed.
+
+    The whole text where there is neither. A response that was cut in its reasoning has said
+    nothing yet.
+    """
+    return response_text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def final_answers(response_text: str) -> tuple[str, ...]:
@@ -77,7 +90,7 @@ def final_answers(response_text: str) -> tuple[str, ...]:
 
 
 def final_answer(response_text: str) -> str | None:
-    r"""Content of the last balanced `\boxed{...}` after the last `</think>`, or None."""
+    r"""Content of the last balanced `\boxed{...}` after the reasoning, or None."""
     readings = final_answers(response_text)
     return readings[0] if readings else None
 
@@ -113,7 +126,11 @@ def _clean(text: str) -> str:
 
 def normalise(text: str) -> str:
     """The text by which answers are compared as strings: mark-up and idle spaces taken off."""
-    text = _INNER_SPACE.sub("", _clean(text))
+    return _normalise(_clean(text))
+
+
+def _normalise(cleaned: str) -> str:
+    text = _INNER_SPACE.sub("", cleaned)
     choice = re.fullmatch(r"\(([A-Z])\)", text)
     return choice.group(1) if choice else text
 
@@ -152,7 +169,10 @@ def read_number(text: str) -> Number | None:
     None where the text is no single number, and where it is too large to write out: a tower of
     powers is never computed here.
     """
-    text = _clean(text)
+    return _number(_clean(text))
+
+
+def _number(text: str) -> Number | None:
     if len(text) > _MAX_DIGITS:
         return None
     if match := _NUMBER.fullmatch(text):
@@ -186,7 +206,7 @@ def _numbers_equal(answer: Number, gold: Number) -> bool:
 
 def _read_based(text: str) -> tuple[str, int | None] | None:
     """Digits and base of `2220_5`; a bare numeral has base None."""
-    text = _clean(text).replace(" ", "")
+    text = text.replace(" ", "")
     if match := _BASED.fullmatch(text):
         base = int(match["b"] or match["b1"])
         digits = match["digits"].upper()
@@ -197,30 +217,89 @@ def _read_based(text: str) -> tuple[str, int | None] | None:
     return None
 
 
+# A unit, or what is counted, after a number: in a text command, or as up to three plain words (of
+# three letters, so that no product of variables is taken for one).
+_UNIT = re.compile(
+    r"(?:\\(?:text|textbf|textit|textrm|textnormal|mathrm|mbox|hbox)\s*"
+    r"\{(?P<marked>[A-Za-z~,.' -]+)\}"
+    r"|(?P<plain>(?:[ ~][A-Za-z]{3,}){1,3}))(?P<power>\s*\^\s*(?:\d|\{\d\}))?\s*\.?"
+)
+# Words after a number that change its value, and are no units.
+_VALUE_WORDS = re.compile(
+    r"\b(?:i|e|k|pi|and|or|half|halves|dozens?|hundreds?|thousands?|\w*illions?|percent|pct|mod"
+    r"|modulo|base|factorial|squared|cubed|sqrt|sin|cos|tan|log|ln|exp|times|plus|minus|over|less"
+    r"|more|than|of)\b",
+    re.IGNORECASE,
+)
+_ASSIGNED = re.compile(r"(?P<name>[A-Za-z])\s*=\s*(?P<value>[^=]+)")
+
+
+class _Reading(NamedTuple):
+    """What exact reading makes of a text of bounded length.
+
+    Attributes:
+      normal: for comparison as a string.
+      based: digits and base, or None.
+      number: or None.
+      measured: number of a quantity and its unit, or of an assignment `x = 5`; or None.
+      unit: that unit or variable.
+    """
+
+    normal: str
+    based: tuple[str, int | None] | None
+    number: Number | None
+    measured: Number | None
+    unit: str
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(text: str) -> _Reading:
+    cleaned = _clean(text)
+    number = _number(cleaned)
+    measured, unit = (None, "") if number else _read_measured(text)
+    return _Reading(_normalise(cleaned), _read_based(cleaned), number, measured, unit)
+
+
+def _read_measured(text: str) -> tuple[Number | None, str]:
+    text = text.strip().strip("$").strip()
+    if len(text) > _MAX_DIGITS:
+        return None, ""
+    if match := _ASSIGNED.fullmatch(text):
+        return read_number(match["value"]), match["name"]
+    # A unit within the text ("3 hours 20 minutes") is part of no single number.
+    for match in _UNIT.finditer(text):
+        if match.end() == len(text) and not _VALUE_WORDS.search(match.group()):
+            words = (match["marked"] or match["plain"]).replace("~", " ").strip(" .,")
+            return read_number(text[: match.start()]), words + (match["power"] or "")
+    return None, ""
+
+
 def exact_verdict(answer: str, gold: str) -> bool | None:
-    """Whether `answer` equals `gold`, by exact reading alone; None where that cannot tell.
+    r"""Whether `answer` equals `gold`, by exact reading alone; None where that cannot tell.
 
     Equal normalised texts are equal. Two numbers are compared as fractions, so that neither
     rounding nor notation counts: math-verify alone rounds to six decimals and does not read
-    scientific notation. Numerals with a base subscript are compared by value if both have one, and
-    by digits if one leaves its base out (math-verify alone ignores the base). An empty text equals
-    nothing.
+    scientific notation. A unit (`18\text{ dollars}`, `18 dollars`) or a variable (`x = 18`) that
+    only one of the two has does not count. Numerals with a base subscript are compared by value if
+    both have one, and by digits if one leaves its base out (math-verify alone ignores the base). An
+    empty text equals nothing.
     """
     if not answer.strip() or not gold.strip():
         return False
-    if normalise(answer) == normalise(gold):
-        return True
     if len(answer) > MAX_ANSWER_CHARS:
-        return False
-    based_answer, based_gold = _read_based(answer), _read_based(gold)
-    if based_answer and based_gold and (based_answer[1] or based_gold[1]):
-        if based_answer[1] and based_gold[1]:
-            return int(based_answer[0] or "0", based_answer[1]) == int(
-                based_gold[0] or "0", based_gold[1]
+        return normalise(answer) == normalise(gold)
+    # Golds are trusted, but some are whole solutions.
+    read, wanted = _read(answer), _read(gold)
+    if read.normal == wanted.normal:
+        return True
+    if read.based and wanted.based and (read.based[1] or wanted.based[1]):
+        if read.based[1] and wanted.based[1]:
+            return int(read.based[0] or "0", read.based[1]) == int(
+                wanted.based[0] or "0", wanted.based[1]
             )
-        return based_answer[0] == based_gold[0]
-    number, gold_number = read_number(answer), read_number(gold)
-    if number and gold_number:
+        return read.based[0] == wanted.based[0]
+    number, gold_number = read.number or read.measured, wanted.number or wanted.measured
+    if number and gold_number and (not read.unit or not wanted.unit or read.unit == wanted.unit):
         return _numbers_equal(number, gold_number)
     return None
 

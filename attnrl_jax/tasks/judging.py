@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import multiprocessing
 import multiprocessing.context
 import signal
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -50,6 +52,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Item = tuple[str, Sequence[str]]
+# (answer, gold) pairs, one of which is to be equal.
+Question = tuple[tuple[str, str], ...]
 
 # Starting workers may take this long before anything is judged; beyond it (and the time limit of
 # the answers under way) a silent pool is taken for broken.
@@ -64,14 +68,16 @@ class JudgeConfig:
       workers: number of worker processes.
       timeout_seconds: time one answer may take; its worker is killed then.
       memory_bytes: address space an answer may add to that of its idle worker.
+      remembered: verdicts of math-verify that are kept, the latest used, for equal questions.
     """
 
     workers: int = 2
     timeout_seconds: float = 5.0
     memory_bytes: int = 2 * 2**30
+    remembered: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("workers", "timeout_seconds", "memory_bytes"):
+        for name in ("workers", "timeout_seconds", "memory_bytes", "remembered"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -155,7 +161,9 @@ class MathJudge:
     """Exact comparison first, then math-verify in a pool of killable workers.
 
     The pool starts when the first answer needs it, and lives until `close` (or the end of a
-    `with` block). Equal questions of one call are asked once. Safe to call from several threads.
+    `with` block). Equal questions are asked once, while the first is under way and after it was
+    decided; one that was lost (to a time limit or a crash) is asked anew in the next call. Safe to
+    call from several threads.
     """
 
     def __init__(self, config: JudgeConfig | None = None):
@@ -163,6 +171,8 @@ class MathJudge:
         self._pool: Any = None
         self._lock = threading.Lock()
         self._inflight: set[concurrent.futures.Future] = set()
+        # In order of use.
+        self._recent: OrderedDict[Question, concurrent.futures.Future] = OrderedDict()
 
     def __enter__(self) -> MathJudge:
         return self
@@ -177,7 +187,7 @@ class MathJudge:
 
     def submit(self, items: Sequence[Item]) -> Pending:
         """Decides what it can at once and hands the rest to the workers."""
-        asked: dict[tuple[tuple[str, str], ...], concurrent.futures.Future] = {}
+        asked: dict[Question, concurrent.futures.Future] = {}
         outcomes: list[bool | concurrent.futures.Future | None] = []
         for response_text, answers in items:
             outcome = _decide(response_text, answers)
@@ -206,17 +216,24 @@ class MathJudge:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(RuntimeError("the judge was closed"))
 
-    def _ask(self, pairs: tuple[tuple[str, str], ...]) -> concurrent.futures.Future:
+    def _ask(self, question: Question) -> concurrent.futures.Future:
         for _ in range(2):
             try:
                 with self._lock:
+                    if question in self._recent:
+                        self._recent.move_to_end(question)
+                        return self._recent[question]
                     if self._pool is None:
                         self._pool = _start_pool(self.config)
                     future = self._pool.schedule(
-                        math_verify_equal, args=(pairs,), timeout=self.config.timeout_seconds
+                        math_verify_equal, args=(question,), timeout=self.config.timeout_seconds
                     )
                     self._inflight.add(future)
-                future.add_done_callback(self._inflight.discard)
+                    self._recent[question] = future
+                    if len(self._recent) > self.config.remembered:
+                        self._recent.popitem(last=False)
+                # Outside the lock: a future that is done calls at once.
+                future.add_done_callback(functools.partial(self._finish, question))
                 return future
             except RuntimeError as error:  # pebble: the pool was stopped or has broken down
                 logger.warning("the pool of judging workers is started anew: %s", error)
@@ -224,6 +241,13 @@ class MathJudge:
         failed: concurrent.futures.Future = concurrent.futures.Future()
         failed.set_exception(RuntimeError("the pool of judging workers does not start"))
         return failed
+
+    def _finish(self, question: Question, future: concurrent.futures.Future) -> None:
+        self._inflight.discard(future)
+        if _outcome_of(future)[0] != "verified":
+            with self._lock:
+                if self._recent.get(question) is future:
+                    del self._recent[question]
 
     def _wait(self, futures: list[concurrent.futures.Future]) -> None:
         """Waits for `futures`, but not for ever on a pool in which nothing moves.
@@ -273,9 +297,7 @@ class _Asked:
         return Verdicts(rewards, JudgeCounts(**counts))
 
 
-def _decide(
-    response_text: str, answers: Sequence[str]
-) -> bool | tuple[tuple[str, str], ...] | None:
+def _decide(response_text: str, answers: Sequence[str]) -> bool | Question | None:
     """None without an answer, a verdict where exact reading has one, else what is left to ask."""
     readings = final_answers(response_text)
     if not readings:

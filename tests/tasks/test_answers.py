@@ -32,7 +32,10 @@ from attnrl_jax.tasks.answers import (
         (r"\boxed{\boxed{7}}", "{7}"),
         (r"<think>\boxed{1}</think>\boxed{2}", "2"),
         (r"<think>\boxed{1}</think> no box", None),
-        (r"<think>\boxed{1}", "1"),
+        (r"<think>\boxed{1}", None),
+        (r"<think>\boxed{1}</think>\boxed{2}<think>\boxed{3}", "2"),
+        (r"\boxed{1}</think>", None),
+        (r"\boxed{1}</think>\boxed{2}", "2"),
         (r"a</think>\boxed{1}</think>\boxed{2}", "2"),
         (r"\boxed{42", None),
         (r"\boxed{}", None),
@@ -136,6 +139,26 @@ def test_a_number_is_read_as_it_is_written(mantissa, places):
         ("75%", "75", True),
         (r"0.28\%", r"28\%", False),
         ("32, 349", "32349", None),
+        (r"18\text{ dollars}", "18", True),
+        (r"\$1,800.50 \text{ per hour}", "1800.5", True),
+        ("18 square feet", "18", True),
+        ("18", r"18\text{ feet}", True),
+        (r"5\text{ cm}^{2}", "6", False),
+        (r"$\frac{1}{2} \mathrm{~cup}.$", "0.5", True),
+        (r"10\text{ feet}", "10 feet", True),
+        (r"10\text{ feet}", r"10\text{ inches}", None),
+        ("3 hours 20 minutes", "3", None),
+        (r"18\text{ million}", "18", None),
+        (r"18\text{ and a half}", "18", None),
+        (r"18\text{ or }19", "18", None),
+        ("2 or more", "2", None),
+        ("18 ab", "18", None),
+        ("18x", "18", None),
+        (r"2\mathrm{e}", "2", None),
+        ("x = 18", "18", True),
+        ("x=18", "19", False),
+        ("x=5", "y=5", None),
+        ("x=y=5", "5", None),
         ("2220_{5}", "2220_5", True),
         ("2220_6", "2220_5", False),
         ("2220", "2220_5", True),
@@ -155,6 +178,15 @@ def test_a_number_is_read_as_it_is_written(mantissa, places):
 )
 def test_exact_verdict(answer, gold, verdict):
     assert exact_verdict(answer, gold) is verdict
+
+
+@pytest.mark.parametrize(
+    ("front", "answer"),
+    [("\\", None), ("\\\\", "1"), ("\\\\\\", None), ("{{ ", "1"), ("} ", "1"), (r"\{", "1")],
+)
+def test_a_box_is_found_whatever_is_in_front(front, answer):
+    """The search begins at the first box: only whether its backslash is escaped matters."""
+    assert final_answer(front + r"\boxed{1} }}") == answer
 
 
 def test_gold_text():
@@ -179,6 +211,14 @@ def test_gold_text():
         r"\boxed{" + r"1\, " * 25_000 + "}",
         r"\boxed{" + "1," * 50_000 + "}",
         "<think>" * 15_000 + r"\boxed{2}",
+        r"\boxed{2}" + "</think>" * 15_000 + r"\boxed{2}",
+        r"\boxed{" + "{" * 50_000 + "}" * 50_001,
+        "\\" * 100_001 + "boxed{2}",
+        r"\boxed{" + "\0" * 100_000 + "}",
+        r"\boxed{" + r"\frac{1}{" * 5_000 + "2" + "}" * 5_001,
+        r"\boxed{" + r"1\text{ aa" * 90 + "}" * 91,
+        r"\boxed{1" + " aaa" * 240 + "}",
+        r"\boxed{" + "x=" * 490 + "}",
     ],
 )
 def test_long_texts_are_read_in_linear_time(text):

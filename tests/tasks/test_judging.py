@@ -1,5 +1,6 @@
 """Judges: verdicts, and what hostile answers and dying workers cost."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -23,7 +24,14 @@ from attnrl_jax.tasks.judging import (
 ROOT = Path(__file__).parents[2]
 OWN_CASES = ROOT / "tests" / "data" / "problems" / "judged_answers.json"
 SHARED = ROOT.parent / "shared" / "data"
-SURD = (r"It is \boxed{\sqrt{8}}.", [r"2\sqrt{2}"])
+
+
+def surd(n):
+    """A right answer that only math-verify can tell; equal ones are not asked twice."""
+    return rf"It is \boxed{{\sqrt{{{8 * n * n}}}}}.", [rf"{2 * n}\sqrt{{2}}"]
+
+
+SURD = surd(1)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +73,21 @@ def test_collected_cases(judge):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="problem files are not here")
 def test_every_gold_equals_itself():
-    golds = []
+    """Each of a problem's golds: against itself alone, and among all of them."""
+    alone, among = [], []
     for path in sorted((SHARED / "eval").glob("*.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
-            golds += row.get("answers", [row["answer"]])
-    assert len(golds) > 2800
+            golds = row.get("answers", [row["answer"]])
+            assert row["answer"] in golds
+            for gold in golds:
+                alone.append((rf"\boxed{{{gold}}}", [gold]))
+                among.append((rf"<think>\boxed{{0}}</think> So \boxed{{{gold}}}.", golds))
+    assert len(alone) > 2900
     with MathJudge() as fresh:
-        rewards, _ = fresh.judge_many([(rf"\boxed{{{gold}}}", [gold]) for gold in golds])
-        assert rewards.all()
+        for items in (alone, among):
+            rewards, counts = fresh.judge_many(items)
+            assert rewards.all()
+            assert counts == JudgeCounts(exact=len(items))
         assert not fresh.pool_started
 
 
@@ -114,6 +129,13 @@ HOSTILE = [
     r"\frac{" * 100 + "}",
     "\\" * 501,
     "a_{" * 100,
+    "10^10^10^10",
+    "99999999!",
+    r"\frac{1}{" * 5_000 + "2" + "}" * 5_000,
+    r"\begin{pmatrix}" + ("1&" * 11 + r"1\\") * 25 + r"\end{pmatrix}",
+    "\0" * 900,
+    "١٢٣٤",
+    "7" * 100_000,
     "\0\ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace"),
 ]
 
@@ -121,11 +143,11 @@ HOSTILE = [
 def test_hostile_answers_cost_themselves_alone(hasty_judge):
     """Whatever a model writes is judged wrong in bounded time, and its neighbours rightly."""
     items = [(rf"\boxed{{{text}}}", [r"\frac{\sqrt{3}}{2}"]) for text in HOSTILE]
-    rewards, counts = hasty_judge.judge_many([SURD, *items, SURD])
+    rewards, counts = hasty_judge.judge_many([surd(1), *items, surd(2)])
     assert rewards.tolist() == [1] + [0] * len(items) + [1]
     assert counts.timeouts >= 2
     assert sum(counts) == len(items) + 2
-    assert hasty_judge.judge_many([SURD]).rewards.tolist() == [1]
+    assert hasty_judge.judge_many([surd(3)]).rewards.tolist() == [1]
 
 
 def test_code_is_never_run(hasty_judge, tmp_path):
@@ -154,7 +176,7 @@ def test_a_killed_worker_costs_one_answer():
         workers = set(multiprocessing.active_children()) - before
         assert len(workers) == 2
         hanging = [(rf"\boxed{{{n}^{{9^{{9^9}}}}}}", [r"\sqrt{3}"]) for n in (7, 8)]
-        pending = fresh.submit([*hanging, SURD, (r"\boxed{5}", ["5"])])
+        pending = fresh.submit([*hanging, surd(2), (r"\boxed{5}", ["5"])])
         while not all(future.running() for future in pending._outcomes[:2]):
             time.sleep(0.05)
         for worker in workers:
@@ -162,7 +184,7 @@ def test_a_killed_worker_costs_one_answer():
         rewards, counts = pending.result()
         assert rewards.tolist() == [0, 0, 1, 1]
         assert counts == JudgeCounts(exact=1, verified=1, failures=2)
-        assert fresh.judge_many([SURD]).rewards.tolist() == [1]
+        assert fresh.judge_many([surd(3)]).rewards.tolist() == [1]
 
 
 def test_workers_are_limited_in_memory():
@@ -190,8 +212,51 @@ def test_a_closed_judge_starts_again():
     fresh.close()
     assert not fresh.pool_started
     assert pending.result().counts == JudgeCounts(failures=1)
-    assert fresh.judge_many([SURD]).rewards.tolist() == [1]
+    assert fresh.judge_many([surd(2)]).rewards.tolist() == [1]
     fresh.close()
+
+
+def test_decided_questions_are_remembered():
+    """What a judge without workers still decides was not asked again."""
+    with MathJudge(JudgeConfig(remembered=2)) as fresh:
+        wrong = (r"\boxed{x+1}", ["x"])
+        assert fresh.judge_many([surd(1), surd(2)]).rewards.tolist() == [1, 1]
+        assert fresh.judge_many([surd(1), wrong]).rewards.tolist() == [1, 0]
+        fresh.close()
+        # The least recent of the three was forgotten. The text around an answer does not count.
+        again = [(r"So \boxed{\sqrt{8}}.", SURD[1]), wrong]
+        rewards, counts = fresh.judge_many(again)
+        assert rewards.tolist() == [1, 0]
+        assert counts == JudgeCounts(verified=2)
+        assert not fresh.pool_started
+        assert fresh.judge_many([surd(2)]).rewards.tolist() == [1]
+        assert fresh.pool_started
+
+
+def test_questions_under_way_are_asked_once(hasty_judge):
+    """Though submitted from several threads; one that was lost is asked anew."""
+    hanging = (r"\boxed{6^{9^{9^9}}}", [r"\sqrt{3}"])
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        pending = list(threads.map(hasty_judge.submit, [[hanging, surd(4)]] * 8))
+    for place in range(2):
+        assert len({id(one._outcomes[place]) for one in pending}) == 1
+    for one in pending:
+        assert one.result().counts == JudgeCounts(verified=1, timeouts=1)
+    again = hasty_judge.submit([hanging, surd(4)])
+    assert again._outcomes[0] is not pending[0]._outcomes[0]
+    assert again._outcomes[1] is pending[0]._outcomes[1]
+    assert again.result().counts == JudgeCounts(verified=1, timeouts=1)
+
+
+def test_a_lost_question_is_not_remembered():
+    with MathJudge() as fresh:
+        fresh.judge_many([SURD])
+        pending = fresh.submit(
+            [surd(2)] + [(rf"\boxed{{{n}^{{9^{{9^9}}}}}}", ["x"]) for n in (6, 7)]
+        )
+        fresh.close()
+        assert pending.result().counts == JudgeCounts(failures=3)
+        assert fresh.judge_many([surd(2)]).counts == JudgeCounts(verified=1)
 
 
 def test_exact_match_and_exact_judge():
