@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attnrl_jax"
 
 BELOW_MODELS = {"types", "shapes", "sharding", "branching", "algorithms"}
-BELOW_TRAINING = BELOW_MODELS | {"models", "sampling", "scoring", "tasks", "datasets"}
+BELOW_TRAINING = BELOW_MODELS | {
+    "models", "sampling", "scoring", "tasks", "datasets", "evaluation"
+}  # fmt: skip
 # What each room of the package may import of the others.
 MAY_IMPORT = {
     "types": set(),
@@ -24,6 +26,7 @@ MAY_IMPORT = {
     "models": BELOW_MODELS,
     "sampling": BELOW_MODELS | {"models"},
     "scoring": BELOW_MODELS | {"models"},
+    "evaluation": {"types", "branching", "models", "sampling", "tasks"},
     "training": BELOW_TRAINING,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -33,7 +33,8 @@ from attnrl_jax.algorithms.advantages import (
     token_advantages,
 )
 from attnrl_jax.branching.tree import PathSegments, path_segments
-from attnrl_jax.sampling.sampler import Request, sample
+from attnrl_jax.evaluation import evaluation_request, judged_text
+from attnrl_jax.sampling.sampler import sample
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training import rollout
 from attnrl_jax.training.stages import (
@@ -177,7 +178,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         group = _initial_group(problems, setup, step)
         [first], sampled_tokens = generate(params, setup, [group], watch)
         initial = initial_batch(params, setup, first, version, watch)
-        next_group = Group([], [])
+        next_group = Group([], [], [])
     assert initial is not None
 
     # Choose branch positions, then one joint round of generation.
@@ -190,7 +191,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         branch_group = Group(
             rollout.continuation_requests(initial, branches, config, version),
             [problems[initial.problem[row]].answers for row, _ in branches],
-            rollout.judged_contexts(initial, branches, config),
+            rollout.judged_from(initial, branches, config),
         )
     (continued, next_sampled), tokens = generate(params, setup, [branch_group, next_group], watch)
     sampled_tokens += tokens
@@ -291,11 +292,11 @@ def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
     config, task = setup.config, setup.task
     problems = task.held_out[: config.eval_problems or None]
     requests = [
-        Request(
-            prefix=task.prompt(problem),
-            num_samples=1,
+        evaluation_request(
+            task.prompt(problem),
+            problem=index,
+            sample=0,
             budget=config.response_budget,
-            seed=(rollout.EVALUATION, index),
             temperature=config.eval_temperature,
         )
         for index, problem in enumerate(problems)
@@ -308,8 +309,8 @@ def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
         responses = [responses[0] for responses in samples]
         rewards, _ = task.judge.judge_many(
             [
-                (task.tokenizer.decode(response.tokens), problem.answers)
-                for response, problem in zip(responses, problems, strict=True)
+                (judged_text(request.prefix, response.tokens, task.tokenizer), problem.answers)
+                for request, response, problem in zip(requests, responses, problems, strict=True)
             ]
         )
     return {
@@ -341,7 +342,7 @@ def _problems_at(start: int, count: int, setup: Setup) -> list[Problem]:
 def _initial_group(problems: list[Problem], setup: Setup, batch: int) -> Group:
     prompts = [setup.task.prompt(problem) for problem in problems]
     requests = rollout.initial_requests(prompts, setup.config, batch)
-    return Group(requests, [problem.answers for problem in problems])
+    return Group(requests, [problem.answers for problem in problems], [*map(len, prompts)])
 
 
 def _closing_metrics(

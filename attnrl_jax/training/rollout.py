@@ -17,8 +17,9 @@ from attnrl_jax.sampling.sampler import Request, Response
 from attnrl_jax.training.state import TrainConfig
 from attnrl_jax.types import Rollouts
 
-# What a stream of random numbers is for; part of every seed.
-INITIAL, CONTINUATION, BRANCHES, UPDATE, EVALUATION = range(5)
+# What a stream of random numbers is for; part of every seed. Number 4 is evaluation's
+# (`attnrl_jax.evaluation.EVALUATION`).
+INITIAL, CONTINUATION, BRANCHES, UPDATE = range(4)
 
 
 def initial_requests(
@@ -209,17 +210,13 @@ def continuation_requests(
     return requests
 
 
-def judged_contexts(
+def judged_from(
     initial: Rollouts, branches: Sequence[tuple[int, int]], config: TrainConfig
-) -> list[np.ndarray]:
-    """Tokens that are judged before those of a continuation: the shared part of the response, or
-    none where a continuation is judged on its own text (the released program)."""
-    contexts = []
-    for row, offset in branches:
-        start = int(initial.prompt_length[row])
-        shared = offset if config.judge == "full" else 0
-        contexts.append(initial.tokens[row, start : start + shared])
-    return contexts
+) -> list[int]:
+    """Where in a continuation's prefix begins what is judged: at the response, or at the end where
+    a continuation is judged on its own text (the released program)."""
+    own = config.judge == "continuation"
+    return [int(initial.prompt_length[row]) + own * offset for row, offset in branches]
 
 
 def continuation_rows(

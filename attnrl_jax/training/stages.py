@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attnrl_jax.datasets.stream import ProblemStream
+from attnrl_jax.evaluation import judged_text
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sampling.sampler import Request, Response, sample
 from attnrl_jax.scoring import score_rows
@@ -102,12 +103,12 @@ class Group:
     Attributes:
       requests: to the sampler.
       answers: golds of each request's problem.
-      contexts: tokens that are judged before each request's own; none if empty.
+      judged_from: where in each prefix begins what is judged, together with the response.
     """
 
     requests: list[Request]
     answers: list[tuple[str, ...]]
-    contexts: list[np.ndarray] = field(default_factory=list)
+    judged_from: list[int]
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ def generate(
     task = setup.task
     requests = [request for group in groups for request in group.requests]
     answers = [golds for group in groups for golds in group.answers]
-    nothing = np.zeros(0, np.int32)
-    contexts = [c for g in groups for c in g.contexts or [nothing] * len(g.requests)]
+    judged_from = [begin for group in groups for begin in group.judged_from]
     asked: list[list[Pending | None]] = [[None] * request.num_samples for request in requests]
 
     def ask(request: int, k: int, response: Response) -> None:
-        text = task.tokenizer.decode(np.concatenate([contexts[request], response.tokens]))
+        prefix, begin = requests[request].prefix, judged_from[request]
+        text = judged_text(prefix[:begin], [*prefix[begin:], *response.tokens], task.tokenizer)
         asked[request][k] = task.judge.submit([(text, answers[request])])
 
     with watch.stage("generate"):

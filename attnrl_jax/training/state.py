@@ -81,6 +81,7 @@ class TrainConfig:
       eval_problems: held-out problems used (0: all).
       eval_temperature: 0 evaluates greedily.
       checkpoint_every: steps between checkpoints.
+      keep_checkpoints: newest checkpoints that stay on disk.
       seed: of everything random.
     """
 
@@ -107,6 +108,7 @@ class TrainConfig:
     eval_problems: int = 0
     eval_temperature: float = 1.0
     checkpoint_every: int = 10
+    keep_checkpoints: int = 2
     seed: int = 0
     branching: BranchingConfig = field(default_factory=BranchingConfig)
     expansion: AdaptiveExpansionConfig = field(default_factory=AdaptiveExpansionConfig)
@@ -132,7 +134,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
         for name in ("num_problems", "num_responses", "prompt_budget", "response_budget",
                      "mini_batch_rows", "micro_batch_tokens", "score_batch_rows",
-                     "length_multiple", "checkpoint_every"):  # fmt: skip
+                     "length_multiple", "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:

@@ -1,0 +1,394 @@
+"""Evaluates a model on benchmarks: avg@n, pass@k and maj@n with intervals, lengths, speed.
+
+    python -m experiments.evaluate --model=DIR --data=DIR --samples=32 --temperature=0.6 \\
+        --benchmarks=aime24,aime25,amc23,math500,minerva,olympiad,gsm8k
+    python -m experiments.evaluate --benchmarks=graph --samples=1 --temperature=0
+    python -m experiments.evaluate --list
+
+Without --model it is the small policy that comes with the project. The folder --out holds
+
+    settings.json        all that the numbers depend on; other settings are refused there
+    responses/NAME.jsonl one line per response of benchmark NAME, written as soon as it is judged
+    results.json         the numbers, written anew after every benchmark
+    results.md           the tables that are printed at the end
+
+The same command continues an evaluation that was stopped: it reads the responses and samples only
+what is missing. The noise of a response depends on seed, problem and number of the sample alone,
+so that the numbers are those of an evaluation that was never stopped (wall clock aside, and
+rounding where the devices compute the same row differently in another batch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import threading
+import time
+import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from attnrl_jax.datasets.hub import model_folder
+from attnrl_jax.evaluation import (
+    Answered,
+    Summary,
+    average,
+    evaluation_request,
+    judged_text,
+    summarise,
+)
+from attnrl_jax.models.config import ModelConfig, read_config
+from attnrl_jax.models.transformer import init_params
+from attnrl_jax.models.weights import load_params
+from attnrl_jax.sampling.engine import cast_params
+from attnrl_jax.sampling.sampler import Response, SamplerConfig, sample
+from attnrl_jax.sharding import AXES, MeshConfig, make_mesh, parameter_shardings
+from attnrl_jax.tasks.judging import (
+    ExactJudge,
+    Judge,
+    JudgeConfig,
+    MathJudge,
+    Pending,
+    final_answer,
+)
+from attnrl_jax.tasks.prompts import PromptConfig
+from attnrl_jax.tasks.tokenizer import Tokenizer, load_tokenizer
+from experiments import commands
+from experiments.benchmarks import (
+    Part,
+    cache_size,
+    chosen,
+    listing,
+    load_problems,
+    prepare,
+    sampler_config,
+)
+from experiments.evaluation_files import (
+    ResponseFile,
+    Show,
+    Terminal,
+    claimed,
+    digest,
+    markdown,
+    plain,
+    settings_of,
+    write_results,
+)
+from experiments.settings import SettingError
+from experiments.tasks import shipped_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The model under evaluation."""
+
+    model: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+
+
+def evaluate(
+    arguments: argparse.Namespace, console: Console, on_progress: Show | None = None
+) -> dict[str, Any]:
+    """Runs, or continues, an evaluation in its folder. Nothing is written before all was checked.
+
+    Args:
+      arguments: of the command line.
+      console: shows progress.
+      on_progress: called with (responses finished, responses in all) of each benchmark.
+
+    Returns:
+      what `results.json` holds.
+
+    Raises:
+      SettingError, ModelError, DataError, ValueError: what was given cannot be used, or the folder
+        belongs to another evaluation.
+    """
+    _check(arguments)
+    benchmarks = chosen(arguments.benchmarks)
+    mesh = make_mesh(read_mesh(arguments.mesh))
+    judging = JudgeConfig(arguments.judge_workers, arguments.judge_timeout)
+    folder = model_folder(arguments.model).absolute() if arguments.model else shipped_policy()
+    model = read_config(folder, arguments.dtype)
+    tokenizer = load_tokenizer(folder, model.vocab_size)
+    data = Path(arguments.data) if arguments.data else None
+    parts = []
+    for name, benchmark in benchmarks.items():
+        given = arguments.instruction
+        parts.append(
+            prepare(
+                name,
+                benchmark,
+                load_problems(name, benchmark, data, arguments.limit),
+                tokenizer,
+                model,
+                PromptConfig(
+                    benchmark.instruction if given is None else given,
+                    arguments.system,
+                    arguments.chat_template,
+                    {"auto": None, "on": True, "off": False}[arguments.thinking],
+                ),
+                arguments.max_tokens or benchmark.max_tokens,
+            )
+        )
+    sampler = sampler_config(parts, arguments.slots)
+    # A name of the hub means the same wherever its files are cached. What only decides about speed
+    # is left out.
+    of_hub = arguments.model.startswith("hf:")
+    names = ("dtype", "samples", "temperature", "top_p", "top_k", "seed", "instruction", "system",
+             "chat_template", "thinking", "judge_timeout")  # fmt: skip
+    values = {"model": arguments.model if of_hub else str(folder)}
+    values |= {name: getattr(arguments, name) for name in names}
+    settings = settings_of(values, folder, parts)
+    label = arguments.model.partition("@")[0].rpartition("/")[2] if of_hub else folder.name
+    out = Path(arguments.out or Path("evaluations") / f"{label}-{digest(settings)}").absolute()
+    with jax.set_mesh(mesh), claimed(out, settings), MathJudge(judging) as math_judge:
+        console.print(f"evaluation folder: {out}", soft_wrap=True)
+        console.print(f"decode cache: {cache_size(model, sampler)}", soft_wrap=True)
+        shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+        params = load_params(folder, model, parameter_shardings(shapes, mesh))
+        # Once for all benchmarks; the float32 parameters are free to go.
+        params = cast_params(params, model.dtype) if model.dtype != "float32" else params
+        policy = Policy(model, params, tokenizer)
+        summaries: dict[str, Summary] = {}
+        results: dict[str, Any] = {"settings": settings, "benchmarks": {}}
+        for part in parts:
+            file = ResponseFile(out / "responses" / f"{part.name}.jsonl")
+            judge = ExactJudge() if part.exact else math_judge
+            with file, Terminal(part.name, console, on_progress) as terminal:
+                answer(part, policy, arguments, sampler, judge, file, terminal.show)
+            # A seed by name: a benchmark's interval does not depend on its company.
+            seed = zlib.crc32(part.name.encode())
+            summaries[part.name] = summarise(file.responses, arguments.samples, seed)
+            results["benchmarks"][part.name] = plain(summaries[part.name], part.skipped())
+            if len(summaries) == len(parts) > 1:
+                overall = average(list(summaries.values()))
+                results["average"] = {k: v._asdict() for k, v in overall.items()}
+            write_results(out, results)
+        console.print(markdown(results), soft_wrap=True, highlight=False, markup=False)
+        console.print(f"responses, results.json and results.md are in {out}", soft_wrap=True)
+    return results
+
+
+def answer(
+    part: Part,
+    policy: Policy,
+    arguments: argparse.Namespace,
+    sampler: SamplerConfig,
+    judge: Judge,
+    file: ResponseFile,
+    show: Show,
+) -> None:
+    """Samples and judges what is missing of a benchmark; each response is kept once judged.
+
+    The devices decode while one thread waits for verdicts and writes, in the order in which the
+    responses finished. An interruption waits for the verdicts under way, a second one does not.
+    """
+    done = file.done(set(part.prompts), arguments.samples)
+    missing = [
+        (problem, number)
+        for problem in part.prompts
+        for number in range(arguments.samples)
+        if (problem, number) not in done
+    ]
+    total = len(part.prompts) * arguments.samples
+    show(total - len(missing), total)
+    requests = [
+        evaluation_request(
+            part.prompts[problem],
+            problem=problem,
+            sample=number,
+            budget=part.budgets[problem],
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            seed=arguments.seed,
+        )
+        for problem, number in missing
+    ]
+    writing: deque[Future] = deque()
+    writer = ThreadPoolExecutor(max_workers=1)
+    given_up = threading.Event()
+    clock = time.perf_counter()
+
+    def write(response: Answered, pending: Pending) -> None:
+        verdicts = pending.result()
+        lost = verdicts.counts.timeouts + verdicts.counts.failures
+        # A judge that was closed on the way counts its answers as lost: those are no verdicts.
+        if not given_up.is_set():
+            right = bool(verdicts.rewards[0])
+            file.append(dataclasses.replace(response, right=right, lost=bool(lost)))
+
+    def finished(index: int, _: int, response: Response) -> None:
+        nonlocal clock
+        before, clock = clock, time.perf_counter()
+        number, sample_number = missing[index]
+        problem = part.problems[number]
+        text = judged_text(part.prompts[number], response.tokens, policy.tokenizer)
+        judged = Answered(
+            benchmark=part.name,
+            problem=number,
+            id=problem.id,
+            sample=sample_number,
+            text=policy.tokenizer.decode(response.tokens),
+            tokens=len(response.tokens),
+            ended=response.ended,
+            answer=final_answer(text),
+            right=False,
+            lost=False,
+            elapsed=clock - before,
+        )
+        pending = judge.submit([(text, problem.answers)])
+        writing.append(writer.submit(write, judged, pending))
+        # A full disk should end the evaluation now, not after hours.
+        while writing and writing[0].done():
+            writing.popleft().result()
+
+    def progress(now: int, _: int) -> None:
+        show(total - len(missing) + now, total)
+
+    try:
+        sample(
+            policy.params,
+            policy.model,
+            requests,
+            policy.tokenizer.end_ids,
+            sampler,
+            progress,
+            finished,
+        )
+        while writing:
+            writing.popleft().result()
+    finally:
+        try:
+            writer.shutdown()
+        except BaseException:
+            given_up.set()
+            writer.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def read_mesh(text: str) -> MeshConfig:
+    """`data:-1,fsdp:1,tensor:1`, any of the three left out.
+
+    Raises:
+      SettingError: another form.
+    """
+    pairs = [pair.partition(":") for pair in text.split(",") if pair.strip()]
+    try:
+        sizes = {name.strip(): int(size) for name, _, size in pairs}
+    except ValueError:
+        sizes = {"": 0}
+    if not set(sizes) <= set(AXES) or len(sizes) < len(pairs):
+        raise SettingError(f"--mesh is written data:-1,fsdp:1,tensor:1; got {text!r}")
+    return MeshConfig(**sizes)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, lowest in (("samples", 1), ("limit", 1), ("max_tokens", 1), ("top_k", 0),
+                         ("seed", 0), ("slots", 1)):  # fmt: skip
+        value = getattr(arguments, name)
+        if value is not None and value < lowest:
+            flag = name.replace("_", "-")
+            raise SettingError(f"--{flag} must be at least {lowest}; got {value}")
+    if not 0 <= arguments.temperature < math.inf:
+        raise SettingError(f"--temperature must be >= 0; got {arguments.temperature}")
+    if not 0 < arguments.top_p <= 1:
+        raise SettingError(f"--top-p must be in (0, 1]; got {arguments.top_p}")
+    if arguments.temperature == 0 and arguments.samples > 1:
+        raise SettingError("at --temperature=0 all samples are equal: give --samples=1")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = commands.parser(__doc__, "evaluate")
+    add = parser.add_argument
+    add(
+        "--model",
+        default="",
+        metavar="DIR",
+        help="Hugging Face folder, or hf:OWNER/NAME; left out: the policy of the project",
+    )
+    add(
+        "--benchmarks",
+        default="graph",
+        metavar="NAME,...",
+        help="names of --list, or paths of problem files (default: graph)",
+    )
+    add("--data", metavar="DIR", help="folder of the benchmark files, or the one above eval/")
+    add("--samples", type=int, default=32, help="responses per problem (default: 32)")
+    add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
+    add("--top-p", type=float, default=1.0, help="nucleus probability (default: 1, all tokens)")
+    add("--top-k", type=int, default=0, help="best tokens kept (default: 0, all)")
+    add(
+        "--max-tokens",
+        type=int,
+        help="of a response (default: the benchmark's own, 8192 for those of files); less where "
+        "the model's positions leave less",
+    )
+    add("--limit", type=int, metavar="N", help="only the first N problems of each benchmark")
+    add("--seed", type=int, default=0, help="of the noise (default: 0, that of the training loop)")
+    add(
+        "--instruction",
+        metavar="TEXT",
+        help="follows each problem (default: the benchmark's own, the paper's for those of files)",
+    )
+    add("--system", metavar="TEXT", help="system message (default: none)")
+    add(
+        "--chat-template",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto (default): the tokenizer's template where it has one",
+    )
+    add(
+        "--thinking",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="enable_thinking of templates that know it (default: what the template says)",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder of responses and results (default: evaluations/MODEL-DIGEST, with a digest "
+        "of the settings)",
+    )
+    add("--slots", type=int, default=64, help="responses decoded at a time (default: 64)")
+    add(
+        "--mesh",
+        default="data:-1,fsdp:1,tensor:1",
+        metavar="AXIS:N,...",
+        help="devices per axis; -1 takes what is left (default: %(default)s)",
+    )
+    add("--judge-workers", type=int, default=2, help="processes that judge (default: 2)")
+    add(
+        "--judge-timeout",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="an answer may take to judge; beyond it counts as wrong (default: 5)",
+    )
+    add("--list", action="store_true", help="print the table of benchmarks and stop")
+    return parser  # fmt: skip
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.list:
+        print(listing())
+    else:
+        evaluate(arguments, Console())
+
+
+if __name__ == "__main__":
+    commands.guarded(
+        main,
+        make_parser().parse_args(),
+        "continue with the same command: finished responses are kept",
+    )

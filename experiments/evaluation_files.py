@@ -1,0 +1,287 @@
+"""The folder of an evaluation (claim, responses, results) and what the terminal shows of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from attnrl_jax.evaluation import Answered, Summary
+from attnrl_jax.tasks.problems import DataError
+from experiments.benchmarks import Part
+from experiments.reporting import write_atomically
+from experiments.settings import SettingError
+
+# Called with (responses finished, responses in all) of the benchmark under way.
+Show = Callable[[int, int], None]
+
+
+def settings_of(values: dict[str, Any], folder: Path, parts: Sequence[Part]) -> dict[str, Any]:
+    """All that the numbers depend on, as `settings.json` holds it.
+
+    Problems, prompts and model files are digests, so that results of different ones never mix.
+
+    Args:
+      values: of the command line.
+      folder: of the model.
+      parts: the benchmarks.
+    """
+    benchmarks = {
+        part.name: {
+            "count": len(part.problems),
+            "problems": digest([(p.id, p.text, p.answers) for p in part.problems]),
+            "prompts": digest([ids.tolist() for ids in part.prompts.values()]),
+            "max_tokens": part.max_tokens,
+        }
+        for part in parts
+    }
+    return {
+        **values,
+        "model_files": _model_digest(folder),
+        "benchmarks": benchmarks,
+    }
+
+
+def digest(value: Any) -> str:
+    """Eight letters that say whether two values are the same as JSON."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _model_digest(folder: Path) -> str:
+    """Of the files that decide what a model writes: weights, configuration, tokenizer."""
+    found = hashlib.blake2b(digest_size=8)
+    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+    for path in sorted({path for pattern in names for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            found.update(path.name.encode() + b"\0")
+            found.update(hashlib.file_digest(file, "blake2b").digest())
+    return found.hexdigest()
+
+
+@contextmanager
+def claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Holds the folder of an evaluation: makes it, or checks that the one there is of the same
+    settings.
+
+    Raises:
+      SettingError: it belongs to an evaluation of other settings (the difference is named), holds
+        other files, or is in use by another process.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        try:
+            stored = flat(json.loads(path.read_text()))
+        except ValueError as error:
+            raise SettingError(f"{path} is not valid JSON: {error}") from error
+        here = flat(json.loads(json.dumps(settings)))
+        differences = [
+            f"{name}: {stored.get(name)!r} there, {here.get(name)!r} here"
+            for name in sorted({*stored, *here})
+            if stored.get(name) != here.get(name)
+        ]
+        if differences:
+            raise SettingError(
+                f"{folder} holds an evaluation of other settings; {'; '.join(differences)}"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingError(f"{folder} exists, but has no settings.json: it holds no evaluation")
+    (folder / "responses").mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingError(f"{folder} is in use by another process") from error
+        write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        yield
+
+
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    if not isinstance(values, dict):
+        return {name: values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{name}.{key}" if name else key)
+    return found
+
+
+class ResponseFile:
+    """Judged responses of one benchmark, a JSON object a line. Safe to append to from a thread.
+
+    Opening it reads what is there; a last line that a crash cut off is dropped.
+
+    Attributes:
+      path: of the file.
+      responses: without their texts, which for long reasoning would fill the memory.
+
+    Raises:
+      DataError: another line that is no response, or a response that is there twice.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.responses: list[Answered] = []
+        self._lock = threading.Lock()
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                self.responses.append(Answered(**json.loads(line) | {"text": ""}))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a response ({error})") from error
+        self._file = path.open("ab")
+        self._file.truncate(len(whole))
+
+    def __enter__(self) -> ResponseFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, response: Answered) -> None:
+        """Writes a response at once."""
+        line = json.dumps(dataclasses.asdict(response)) + "\n"
+        with self._lock:
+            self._file.write(line.encode())
+            self._file.flush()
+            self.responses.append(dataclasses.replace(response, text=""))
+
+    def done(self, problems: set[int], samples: int) -> set[tuple[int, int]]:
+        """(problem, sample) of every response.
+
+        Raises:
+          DataError: a response that was not asked for, or that is there twice.
+        """
+        found: set[tuple[int, int]] = set()
+        for number, response in enumerate(self.responses, start=1):
+            key = (response.problem, response.sample)
+            if key in found:
+                raise DataError(f"{self.path}:{number}: problem, sample {key} is there twice")
+            if response.problem not in problems or not 0 <= response.sample < samples:
+                raise DataError(f"{self.path}:{number}: problem, sample {key} is not asked for")
+            found.add(key)
+        return found
+
+
+def plain(summary: Summary, skipped: list[str]) -> dict[str, Any]:
+    """A benchmark's numbers as `results.json` holds them; shares are within 0 .. 1."""
+    return {
+        "problems": summary.problems,
+        "skipped": skipped,
+        "samples": summary.samples,
+        **{name: value._asdict() for name, value in summary.accuracy.items()},
+        "response_length": summary.response_length,
+        "truncated": summary.truncated,
+        "unanswered": summary.unanswered,
+        "judge_lost": summary.lost,
+        "tokens": summary.tokens,
+        "seconds": summary.seconds,
+        "tokens_per_second": summary.tokens_per_second,
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Writes `results.json` and `results.md`."""
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / "results.json", text)
+    write_atomically(folder / "results.md", markdown(results) + "\n")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Two tables of at most 100 columns: accuracies in percent, with their 95 % intervals over
+    problems; and what the responses are like."""
+    benchmarks = results["benchmarks"]
+    samples = results["settings"]["samples"]
+    metrics = [f"avg@{samples}", f"pass@{samples}", f"maj@{samples}"]
+    if samples == 1:
+        metrics = metrics[:1]  # with one sample all three are the same
+    accuracy = [["benchmark", "problems", *metrics]]
+    for name, numbers in benchmarks.items():
+        accuracy.append([name, str(numbers["problems"]), *(_cell(numbers[m]) for m in metrics)])
+    if "average" in results:
+        accuracy.append(["average", "", *(_cell(results["average"][m]) for m in metrics)])
+    responses = [["benchmark", "tokens", "cut", "no answer", "lost", "tokens/s"]]
+    for name, numbers in benchmarks.items():
+        responses.append(
+            [
+                name,
+                f"{numbers['response_length']:.0f}",
+                f"{numbers['truncated']:.1%}",
+                f"{numbers['unanswered']:.1%}",
+                str(numbers["judge_lost"]),
+                f"{numbers['tokens_per_second']:.0f}",
+            ]
+        )
+    notes = [
+        f"{name}: {len(numbers['skipped'])} skipped, with no room for a response after the "
+        f"prompt: {', '.join(numbers['skipped'][:5])}"
+        + (", ..." if len(numbers["skipped"]) > 5 else "")
+        for name, numbers in benchmarks.items()
+        if numbers["skipped"]
+    ]
+    return "\n\n".join([_table(accuracy), _table(responses), *notes])
+
+
+def _cell(numbers: dict[str, float]) -> str:
+    value, low, high = (100 * numbers[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f}-{high:.1f})"
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown with columns of even width: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("| " + " | ".join([first, *others]) + " |")
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+class Terminal:
+    """Progress of one benchmark: a bar in a terminal, else a line at every tenth."""
+
+    def __init__(self, name: str, console: Console, on_progress: Show | None):
+        self._name = name
+        self._console = console
+        self._on_progress = on_progress
+        self._tenths = -1
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} responses"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(name, total=None)
+
+    def __enter__(self) -> Terminal:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, finished: int, total: int) -> None:
+        """Shows how many responses are finished."""
+        self._progress.update(self._task, completed=finished, total=total)
+        if not self._console.is_terminal and finished * 10 // total > self._tenths:
+            self._tenths = finished * 10 // total
+            self._console.print(f"{self._name}: {finished} of {total} responses", soft_wrap=True)
+        if self._on_progress is not None:
+            self._on_progress(finished, total)
