@@ -24,8 +24,9 @@ INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # Buffers that older checkpoints carry and that are computed here.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-# Files of a source folder that travel with saved weights: configs, tokenizer, chat template.
-_COMPANIONS = (".json", ".txt", ".jinja", ".model", ".md")
+# Files of a source folder that travel with saved weights: configs, tokenizer, chat template,
+# licence.
+_COMPANIONS = re.compile(r".*\.(json|txt|jinja|model|md)|(LICEN[CS]E|NOTICE).*")
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,17 @@ def _tensors(params: Any, config: ModelConfig) -> dict[str, Callable[[], np.ndar
     return tensors
 
 
+def check_free(out: str | Path) -> None:
+    """Checks that a folder can be made at `out`.
+
+    Raises:
+      ModelError: there are files, or it is one.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} exists and is not an empty folder")
+
+
 def save_folder(
     out: str | Path,
     params: Any,
@@ -230,8 +242,7 @@ def save_folder(
     out = Path(out)
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ModelError(f"dtype {dtype!r} is not one of float32, float16, bfloat16")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists and is not an empty folder")
+    check_free(out)
     tensors = _tensors(params, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -283,5 +294,5 @@ def _save_like(source: Path, out: Path, tensors: dict[str, Callable[[], np.ndarr
             metadata = stored.metadata()
         save_file(arrays, out / path.name, metadata=metadata)
     for path in source.iterdir():
-        if path.is_file() and path.suffix in _COMPANIONS:
+        if path.is_file() and _COMPANIONS.fullmatch(path.name):
             shutil.copyfile(path, out / path.name)
