@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from attnrl_jax.sharding import make_mesh, parameter_shardings
+from attnrl_jax.sharding import make_mesh
 from attnrl_jax.training.checkpoint import Checkpointer
 from attnrl_jax.training.loop import evaluate, finished, start, train_steps
 from attnrl_jax.training.stages import Setup
@@ -36,45 +36,36 @@ from experiments.tasks import build_task, load_policy
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 # Settings that may differ when a run is continued: they do not change what a step computes.
-FREE_TO_CHANGE = ("steps", "max_sampled_tokens", "checkpoint_every")
+FREE_TO_CHANGE = (
+    "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints", "data.cache",
+)  # fmt: skip
 
 
 class RunError(ValueError):
     """A run folder that cannot be used."""
 
 
-@contextmanager
-def claimed(folder: Path, config: ConfigDict) -> Iterator[None]:
-    """Holds a run folder: makes it, or checks that the one there is of the same configuration.
+def check_same_run(folder: Path, config: ConfigDict) -> bool:
+    """Whether the folder has a run, which must then be of the same configuration.
 
     Raises:
-      RunError: it belongs to another run (the difference is named), holds other files, or is in
-        use by another process.
+      RunError: it belongs to another run; the differences are named.
     """
     path = folder / "config.json"
-    values = json.loads(config.to_json_best_effort())
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path} is not valid JSON: {error}") from error
-        differences = [
-            f"{name}: {old!r} there, {new!r} here"
-            for name, old, new in _differences(stored, values)
-            if name not in FREE_TO_CHANGE
-        ]
-        if differences:
-            raise RunError(f"{folder} is the folder of another run; " + "; ".join(differences))
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists, but has no config.json: it is no run folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder} is in use by another process") from error
-        reporting.write_atomically(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
-        yield
+    if not path.exists():
+        return False
+    try:
+        stored = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON: {error}") from error
+    changed = [
+        f"{name}: {old!r} there, {new!r} here"
+        for name, old, new in _differences(stored, json.loads(config.to_json_best_effort()))
+        if name not in FREE_TO_CHANGE
+    ]
+    if changed:
+        raise RunError(f"{folder} is the folder of another run; " + "; ".join(changed))
+    return True
 
 
 def _differences(old: object, new: object, name: str = "") -> list[tuple[str, object, object]]:
@@ -85,6 +76,28 @@ def _differences(old: object, new: object, name: str = "") -> list[tuple[str, ob
             found += _differences(old.get(key), new.get(key), inner)
         return found
     return [] if old == new else [(name, old, new)]
+
+
+@contextmanager
+def claimed(folder: Path, config: ConfigDict) -> Iterator[None]:
+    """Holds a run folder: makes it, or checks that the one there is of the same configuration.
+
+    Raises:
+      RunError: it belongs to another run (the difference is named), holds other files, or is in
+        use by another process.
+    """
+    is_run = check_same_run(folder, config)
+    if not is_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists, but has no config.json: it is no run folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder} is in use by another process") from error
+        text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
+        reporting.write_atomically(folder / "config.json", text + "\n")
+        yield
 
 
 def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, float]]:
@@ -103,9 +116,9 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
         used.
     """
     settings = build(config)
-    model, params, tokenizer = load_policy(settings)
-    task, skipped = build_task(settings, tokenizer)
     mesh = make_mesh(settings.mesh)
+    policy = load_policy(settings, mesh)
+    task, skipped, report = build_task(settings, policy)
     terminal = reporting.Terminal(settings.train.steps, console)
     try:
         with jax.set_mesh(mesh), claimed(folder, config), terminal:
@@ -114,11 +127,15 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
                 f"{len(task.held_out)} held-out problems, {skipped} left out for their prompts; "
                 "the first step compiles"
             )
-            params = jax.device_put(params, parameter_shardings(params, mesh))
+            if report is not None:
+                console.print(report.to_table(), soft_wrap=True)
+                text = json.dumps(report.to_dict(), indent=2)
+                reporting.write_atomically(folder / "data.json", text + "\n")
+            params, train = policy.params, settings.train
             # A copy: the update gives the policy's own buffers away.
-            reference = jax.tree.map(jnp.copy, params) if settings.train.loss.kl_beta > 0 else None
-            setup = Setup(task, model, settings.train, mesh, reference, on_stage=terminal.stage)
-            return _run(setup, folder, init_state(params, settings.train.optimizer, mesh), terminal)
+            reference = jax.tree.map(jnp.copy, params) if train.loss.kl_beta > 0 else None
+            setup = Setup(task, policy.model, train, mesh, reference, on_stage=terminal.stage)
+            return _run(setup, folder, init_state(params, train.optimizer, mesh), terminal)
     finally:
         task.judge.close()
 
@@ -127,12 +144,16 @@ def _run(
     setup: Setup, folder: Path, train: TrainState, terminal: reporting.Terminal
 ) -> list[dict[str, float]]:
     config = setup.config
-    with closing(Checkpointer(folder / "checkpoints")) as checkpointer:
+    with closing(Checkpointer(folder / "checkpoints", config.keep_checkpoints)) as checkpointer:
         done = checkpointer.latest_step()
         if done is None:
             begin = time.perf_counter()
             state = start(setup, train)
-            warm_up = {"step": 0, "seconds/warm_up": time.perf_counter() - begin}
+            warm_up = {
+                "step": 0,
+                "tokens/sampled_total": state.sampled_tokens,
+                "seconds/warm_up": time.perf_counter() - begin,
+            }
         else:
             state = checkpointer.restore(train)
             left = "nothing left to do" if finished(state, config) else "continuing"

@@ -203,7 +203,7 @@ def hf_config(**data):
 
 
 def test_a_model_folder_and_a_file_of_problems(tmp_path):
-    """Bytes as tokens, answers by math-verify; over-long prompts are skipped and counted."""
+    """Bytes as tokens, answers by math-verify; over-long prompts are removed and counted."""
     path = tmp_path / "problems.jsonl"
     rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(60)]
     rows += [{"problem": "x" * 300 + str(i), "answer": "1"} for i in range(60)]
@@ -211,7 +211,9 @@ def test_a_model_folder_and_a_file_of_problems(tmp_path):
     history = execute(hf_config(train=str(path)), tmp_path / "run")
     # A random model boxes nothing: the step is healthy, and skipped.
     assert history[1]["step/skipped"] == 1.0
-    assert history[1]["problems/skipped_prompts_total"] > 0
+    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert report["removed"]["long_prompts"] == 60
+    assert history[1]["problems/skipped_prompts_total"] == 0
     assert history[1]["tokens/sampled"] > 0
 
 
@@ -232,7 +234,7 @@ def test_gsm8k(tmp_path):
         (lambda c: c.model.update(path="/nowhere"), ModelError, "no model at /nowhere"),
         (lambda c: c.data.update(train="/nowhere.jsonl"), DataError, "/nowhere.jsonl"),
         (lambda c: c.update(response_budget=4096), SettingError, "has only 1024 positions"),
-        (lambda c: c.update(prompt_budget=2), DataError, "prompt_budget=2"),
+        (lambda c: c.update(prompt_budget=2), DataError, "long_prompts 50 (prompts may have 2 "),
         (lambda c: c.mesh.update(data=3), ValueError, "does not fit 8 devices"),
     ],
 )

@@ -48,3 +48,33 @@ def test_restore_without_a_checkpoint_says_so(golden_model, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         checkpointer.restore(init_state(golden.params, setup.config.optimizer, None))
     checkpointer.close()
+
+
+def test_the_newest_checkpoints_stay_and_give_their_parameters(golden_model, tmp_path):
+    """A reader gets the parameters of any step in host memory, and changes nothing."""
+    golden = golden_model("qwen2_tied")
+    setup = tiny_setup(golden, steps=0)
+    state = fresh_state(golden, setup)
+    writer = Checkpointer(tmp_path / "run", keep=2)
+    params = []
+    for step in range(3):
+        params.append(jax.tree.map(lambda x, k=step: np.array(x) + k, golden.params))
+        train = init_state(params[step], setup.config.optimizer, None)
+        writer.save(dataclasses.replace(state, step=step, train=train))
+    assert writer.steps() == [1, 2]
+    writer.close()
+
+    template = jax.eval_shape(lambda: golden.params)
+    reader = Checkpointer(tmp_path / "run", keep=1, read_only=True)
+    assert reader.steps() == [1, 2]
+    for step in (1, 2):
+        restored = reader.restore_params(step, template)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
+        jax.tree.map(np.testing.assert_array_equal, restored, params[step])
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 0"):
+        reader.restore_params(0, template)
+    reader.close()
+    reader = Checkpointer(tmp_path / "nowhere", read_only=True)
+    assert reader.steps() == []
+    reader.close()
+    assert not (tmp_path / "nowhere").exists()

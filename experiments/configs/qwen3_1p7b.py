@@ -1,0 +1,29 @@
+"""AttnRL on Qwen3-1.7B in its thinking mode, otherwise the paper's setting.
+
+Command:   python -m experiments.run --config=experiments/configs/qwen3_1p7b.py \\
+               --config.data.benchmarks=DIR/aime24.jsonl,DIR/aime25.jsonl,DIR/amc23.jsonl,... \\
+               --workdir=runs/qwen3_1p7b
+           `:treerl` or `:grpo` behind the file's name for the methods it is compared with;
+           `--config.model.path=DIR --config.data.train=FILE` where the hub cannot be reached.
+Hardware:  8 TPU v5e (v5litepod-8, 16 GB each) or 8 GPUs of 24 GB and more. A token takes four
+           times the cache of R1-Distill-Qwen-1.5B (8 key/value heads instead of 2), hence fewer
+           slots.
+Memory:    per device, of 8, in GiB, as the TPU compiler counts it for v5e 2x4 (jax 0.10.2):
+           parameters and AdamW 2.40, reference 0.80; in the update also gradients 0.80 and
+           temporaries 5.36 (rows of 9,216 tokens, one a device): 9.4 in all; in sampling also a
+           bfloat16 copy 0.40, the cache of 32 slots 3.94 and temporaries 5.14: 12.7 in all.
+Time:      not measured: no such machine was at hand.
+Result:    not run here.
+"""
+
+from experiments.configs.paper import paper_config
+
+
+def get_config(method: str = "attnrl"):
+    config = paper_config(method)
+    config.model.path = "hf:Qwen/Qwen3-1.7B"
+    config.sampler.slots = 32
+    # One of the longest rows on each of eight devices.
+    config.micro_batch_tokens = 8 * 9216
+    config.score_batch_rows = 8
+    return config
