@@ -302,12 +302,18 @@ def average(summaries: Sequence[Summary]) -> dict[str, Estimate]:
     """Mean of each metric over benchmarks of equal weight; their intervals are independent.
 
     Args:
-      summaries: of equal samples, bootstrapped with different seeds.
+      summaries: of the benchmarks, bootstrapped with different seeds.
+
+    Returns:
+      `avg@n`; and `pass@n` and `maj@n`, unless the benchmarks differ in n, on which these depend.
     """
-    return {
-        name: estimate(
-            float(np.mean([s.accuracy[name].value for s in summaries])),
-            np.mean([s.resampled[name] for s in summaries], axis=0),
+    same = len({summary.samples for summary in summaries}) == 1
+    found = {}
+    for metric in ("avg", "pass", "maj") if same else ("avg",):
+        names = [f"{metric}@{summary.samples}" for summary in summaries]
+        pairs = list(zip(summaries, names, strict=True))
+        found[f"{metric}@n"] = estimate(
+            float(np.mean([summary.accuracy[name].value for summary, name in pairs])),
+            np.mean([summary.resampled[name] for summary, name in pairs], axis=0),
         )
-        for name in summaries[0].accuracy
-    }
+    return found

@@ -30,6 +30,8 @@ class Benchmark:
       generated: makes the problems.
       instruction: follows each problem.
       max_tokens: of a response.
+      samples: of each problem where the command does not say: more where problems are few (of the
+        paper's six benchmarks, as many as in the released program).
       exact: answers have one written form, so that no math-verify is needed.
     """
 
@@ -38,13 +40,14 @@ class Benchmark:
     generated: Callable[[], Source] | None = None
     instruction: str = PAPER_INSTRUCTION
     max_tokens: int = 8192
+    samples: int = 4
     exact: bool = False
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "aime24": Benchmark("AIME I and II 2024, 30 problems", "aime24.jsonl"),
-    "aime25": Benchmark("AIME I and II 2025, 30 problems", "aime25.jsonl"),
-    "amc23": Benchmark("AMC 12 2023, 40 problems", "amc23.jsonl"),
+    "aime24": Benchmark("AIME I and II 2024, 30 problems", "aime24.jsonl", samples=32),
+    "aime25": Benchmark("AIME I and II 2025, 30 problems", "aime25.jsonl", samples=32),
+    "amc23": Benchmark("AMC 12 2023, 40 problems", "amc23.jsonl", samples=32),
     "math500": Benchmark("MATH, 500 test problems", "math500.jsonl"),
     "minerva": Benchmark("Minerva, 272 problems of physics and chemistry", "minerva.jsonl"),
     "olympiad": Benchmark("OlympiadBench, 674 problems of mathematics", "olympiad.jsonl"),
@@ -122,10 +125,11 @@ def load_problems(
 
 def listing() -> str:
     """The table of benchmarks as Markdown."""
-    lines = ["| benchmark | problems | file | tokens |", "|---|---|---|---|"]
+    lines = ["| benchmark | problems | file | tokens | samples |", "|---|---|---|---|---|"]
     for name, benchmark in BENCHMARKS.items():
         file = benchmark.file or "(none)"
-        lines.append(f"| {name} | {benchmark.about} | {file} | {benchmark.max_tokens} |")
+        numbers = f"{benchmark.max_tokens} | {benchmark.samples}"
+        lines.append(f"| {name} | {benchmark.about} | {file} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -141,6 +145,7 @@ class Part:
       budgets: most tokens of a response, likewise: `max_tokens`, or what the model's positions
         leave.
       max_tokens: of a response.
+      samples: of each problem.
     """
 
     name: str
@@ -149,6 +154,7 @@ class Part:
     prompts: dict[int, np.ndarray]
     budgets: dict[int, int]
     max_tokens: int
+    samples: int
 
     def skipped(self) -> list[str]:
         """Ids of problems whose prompts are empty or leave no room for a response."""
@@ -191,6 +197,7 @@ def prepare(
     model: ModelConfig,
     prompt: PromptConfig,
     max_tokens: int,
+    samples: int,
 ) -> Part:
     """Builds the prompts of a benchmark.
 
@@ -202,6 +209,7 @@ def prepare(
       model: its `max_length` bounds prompt and response together.
       prompt: how the problems are put to it.
       max_tokens: of a response.
+      samples: of each problem.
 
     Raises:
       DataError: no prompt leaves room for a response.
@@ -218,4 +226,4 @@ def prepare(
             f"within the model's {model.max_length} positions"
         )
     budgets = {n: min(max_tokens, model.max_length - len(ids)) for n, ids in prompts.items()}
-    return Part(name, benchmark.exact, problems, prompts, budgets, max_tokens)
+    return Part(name, benchmark.exact, problems, prompts, budgets, max_tokens, samples)

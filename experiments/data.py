@@ -25,7 +25,7 @@ from attnrl_jax.datasets.prepared import open_prepared
 from attnrl_jax.tasks.prompts import PAPER_INSTRUCTION, PromptConfig, build_prompt, prompt_version
 from attnrl_jax.tasks.tokenizer import load_tokenizer
 from experiments import commands
-from experiments.reporting import write_atomically
+from experiments.folders import write_atomically
 
 # The cleaning steps that are switched on or off, as `CleaningConfig` names them.
 STEPS = {f.name: f.default for f in dataclasses.fields(CleaningConfig) if type(f.default) is bool}

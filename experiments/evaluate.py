@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate --model=DIR --data=DIR --samples=32 --temperature=0.6 \\
         --benchmarks=aime24,aime25,amc23,math500,minerva,olympiad,gsm8k
-    python -m experiments.evaluate --benchmarks=graph --samples=1 --temperature=0
+    python -m experiments.evaluate --benchmarks=graph --temperature=0
     python -m experiments.evaluate --list
 
 Without --model it is the small policy that comes with the project. The folder --out holds
@@ -28,7 +28,6 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,10 @@ from attnrl_jax.evaluation import (
     judged_text,
     summarise,
 )
-from attnrl_jax.models.config import ModelConfig, read_config
-from attnrl_jax.models.transformer import init_params
-from attnrl_jax.models.weights import load_params
+from attnrl_jax.models.config import read_config
 from attnrl_jax.sampling.engine import cast_params
 from attnrl_jax.sampling.sampler import Response, SamplerConfig, sample
-from attnrl_jax.sharding import AXES, MeshConfig, make_mesh, parameter_shardings
+from attnrl_jax.sharding import AXES, MeshConfig, make_mesh
 from attnrl_jax.tasks.judging import (
     ExactJudge,
     Judge,
@@ -59,7 +56,7 @@ from attnrl_jax.tasks.judging import (
     final_answer,
 )
 from attnrl_jax.tasks.prompts import PromptConfig
-from attnrl_jax.tasks.tokenizer import Tokenizer, load_tokenizer
+from attnrl_jax.tasks.tokenizer import load_tokenizer
 from experiments import commands
 from experiments.benchmarks import (
     Part,
@@ -74,24 +71,15 @@ from experiments.evaluation_files import (
     ResponseFile,
     Show,
     Terminal,
-    claimed,
     digest,
     markdown,
     plain,
     settings_of,
     write_results,
 )
+from experiments.folders import claimed
 from experiments.settings import SettingError
-from experiments.tasks import shipped_policy
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """The model under evaluation."""
-
-    model: ModelConfig
-    params: Any
-    tokenizer: Tokenizer
+from experiments.tasks import Policy, params_on_mesh, shipped_policy
 
 
 def evaluate(
@@ -136,27 +124,33 @@ def evaluate(
                     {"auto": None, "on": True, "off": False}[arguments.thinking],
                 ),
                 arguments.max_tokens or benchmark.max_tokens,
+                # At temperature 0 all samples are equal.
+                arguments.samples or (benchmark.samples if arguments.temperature > 0 else 1),
             )
         )
     sampler = sampler_config(parts, arguments.slots)
     # A name of the hub means the same wherever its files are cached. What only decides about speed
     # is left out.
     of_hub = arguments.model.startswith("hf:")
-    names = ("dtype", "samples", "temperature", "top_p", "top_k", "seed", "instruction", "system",
+    names = ("dtype", "temperature", "top_p", "top_k", "seed", "instruction", "system",
              "chat_template", "thinking", "judge_timeout")  # fmt: skip
     values = {"model": arguments.model if of_hub else str(folder)}
     values |= {name: getattr(arguments, name) for name in names}
     settings = settings_of(values, folder, parts)
     label = arguments.model.partition("@")[0].rpartition("/")[2] if of_hub else folder.name
     out = Path(arguments.out or Path("evaluations") / f"{label}-{digest(settings)}").absolute()
-    with jax.set_mesh(mesh), claimed(out, settings), MathJudge(judging) as math_judge:
+    with (
+        jax.set_mesh(mesh),
+        claimed(out, "evaluation", "settings.json", settings),
+        MathJudge(judging) as math_judge,
+    ):
+        (out / "responses").mkdir(exist_ok=True)
         console.print(f"evaluation folder: {out}", soft_wrap=True)
         console.print(f"decode cache: {cache_size(model, sampler)}", soft_wrap=True)
-        shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
-        params = load_params(folder, model, parameter_shardings(shapes, mesh))
+        params = params_on_mesh(folder, model, mesh)
         # Once for all benchmarks; the float32 parameters are free to go.
         params = cast_params(params, model.dtype) if model.dtype != "float32" else params
-        policy = Policy(model, params, tokenizer)
+        policy = Policy(folder, model, params, tokenizer)
         summaries: dict[str, Summary] = {}
         results: dict[str, Any] = {"settings": settings, "benchmarks": {}}
         for part in parts:
@@ -166,7 +160,7 @@ def evaluate(
                 answer(part, policy, arguments, sampler, judge, file, terminal.show)
             # A seed by name: a benchmark's interval does not depend on its company.
             seed = zlib.crc32(part.name.encode())
-            summaries[part.name] = summarise(file.responses, arguments.samples, seed)
+            summaries[part.name] = summarise(file.responses, part.samples, seed)
             results["benchmarks"][part.name] = plain(summaries[part.name], part.skipped())
             if len(summaries) == len(parts) > 1:
                 overall = average(list(summaries.values()))
@@ -191,14 +185,14 @@ def answer(
     The devices decode while one thread waits for verdicts and writes, in the order in which the
     responses finished. An interruption waits for the verdicts under way, a second one does not.
     """
-    done = file.done(set(part.prompts), arguments.samples)
+    done = file.done(set(part.prompts), part.samples)
     missing = [
         (problem, number)
         for problem in part.prompts
-        for number in range(arguments.samples)
+        for number in range(part.samples)
         if (problem, number) not in done
     ]
-    total = len(part.prompts) * arguments.samples
+    total = len(part.prompts) * part.samples
     show(total - len(missing), total)
     requests = [
         evaluation_request(
@@ -302,7 +296,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise SettingError(f"--temperature must be >= 0; got {arguments.temperature}")
     if not 0 < arguments.top_p <= 1:
         raise SettingError(f"--top-p must be in (0, 1]; got {arguments.top_p}")
-    if arguments.temperature == 0 and arguments.samples > 1:
+    if arguments.temperature == 0 and (arguments.samples or 1) > 1:
         raise SettingError("at --temperature=0 all samples are equal: give --samples=1")
 
 
@@ -323,7 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="names of --list, or paths of problem files (default: graph)",
     )
     add("--data", metavar="DIR", help="folder of the benchmark files, or the one above eval/")
-    add("--samples", type=int, default=32, help="responses per problem (default: 32)")
+    add("--samples", type=int, help="responses per problem (default: the benchmark's own)")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--top-p", type=float, default=1.0, help="nucleus probability (default: 1, all tokens)")
     add("--top-k", type=int, default=0, help="best tokens kept (default: 0, all)")

@@ -1,14 +1,12 @@
-"""The folder of an evaluation (claim, responses, results) and what the terminal shows of it."""
+"""The folder of an evaluation (settings, responses, results) and what the terminal shows of it."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from attnrl_jax.evaluation import Answered, Summary
 from attnrl_jax.tasks.problems import DataError
 from experiments.benchmarks import Part
-from experiments.reporting import write_atomically
-from experiments.settings import SettingError
+from experiments.folders import write_atomically
 
 # Called with (responses finished, responses in all) of the benchmark under way.
 Show = Callable[[int, int], None]
@@ -40,6 +37,7 @@ def settings_of(values: dict[str, Any], folder: Path, parts: Sequence[Part]) -> 
             "count": len(part.problems),
             "problems": digest([(p.id, p.text, p.answers) for p in part.problems]),
             "prompts": digest([ids.tolist() for ids in part.prompts.values()]),
+            "samples": part.samples,
             "max_tokens": part.max_tokens,
         }
         for part in parts
@@ -66,53 +64,6 @@ def _model_digest(folder: Path) -> str:
             found.update(path.name.encode() + b"\0")
             found.update(hashlib.file_digest(file, "blake2b").digest())
     return found.hexdigest()
-
-
-@contextmanager
-def claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Holds the folder of an evaluation: makes it, or checks that the one there is of the same
-    settings.
-
-    Raises:
-      SettingError: it belongs to an evaluation of other settings (the difference is named), holds
-        other files, or is in use by another process.
-    """
-    path = folder / "settings.json"
-    if path.exists():
-        try:
-            stored = flat(json.loads(path.read_text()))
-        except ValueError as error:
-            raise SettingError(f"{path} is not valid JSON: {error}") from error
-        here = flat(json.loads(json.dumps(settings)))
-        differences = [
-            f"{name}: {stored.get(name)!r} there, {here.get(name)!r} here"
-            for name in sorted({*stored, *here})
-            if stored.get(name) != here.get(name)
-        ]
-        if differences:
-            raise SettingError(
-                f"{folder} holds an evaluation of other settings; {'; '.join(differences)}"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingError(f"{folder} exists, but has no settings.json: it holds no evaluation")
-    (folder / "responses").mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SettingError(f"{folder} is in use by another process") from error
-        write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        yield
-
-
-def flat(values: Any, name: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    if not isinstance(values, dict):
-        return {name: values}
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{name}.{key}" if name else key)
-    return found
 
 
 class ResponseFile:
@@ -201,15 +152,18 @@ def markdown(results: dict[str, Any]) -> str:
     """Two tables of at most 100 columns: accuracies in percent, with their 95 % intervals over
     problems; and what the responses are like."""
     benchmarks = results["benchmarks"]
-    samples = results["settings"]["samples"]
-    metrics = [f"avg@{samples}", f"pass@{samples}", f"maj@{samples}"]
-    if samples == 1:
-        metrics = metrics[:1]  # with one sample all three are the same
-    accuracy = [["benchmark", "problems", *metrics]]
+    most = max(numbers["samples"] for numbers in benchmarks.values())
+    # With one sample all three are the same.
+    metrics = ["avg", "pass", "maj"] if most > 1 else ["avg"]
+    accuracy = [["benchmark", "problems", "n", *(f"{metric}@n" for metric in metrics)]]
     for name, numbers in benchmarks.items():
-        accuracy.append([name, str(numbers["problems"]), *(_cell(numbers[m]) for m in metrics)])
+        n = numbers["samples"]
+        cells = (_cell(numbers[f"{metric}@{n}"]) for metric in metrics)
+        accuracy.append([name, str(numbers["problems"]), str(n), *cells])
     if "average" in results:
-        accuracy.append(["average", "", *(_cell(results["average"][m]) for m in metrics)])
+        overall = results["average"]
+        cells = (_cell(overall[m]) if (m := f"{metric}@n") in overall else "" for metric in metrics)
+        accuracy.append(["average", "", "", *cells])
     responses = [["benchmark", "tokens", "cut", "no answer", "lost", "tokens/s"]]
     for name, numbers in benchmarks.items():
         responses.append(

@@ -15,8 +15,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from experiments.folders import FolderError
 from experiments.results import Result, read_result
-from experiments.run import RunError, check_same_run
+from experiments.run import check_same_run
 from experiments.settings import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,5 +266,5 @@ def check_folders(runs: Iterable[Run]) -> None:
     for run in runs:
         try:
             check_same_run(run.folder, run.config)
-        except RunError as error:
+        except FolderError as error:
             raise SweepError(f"{error}. Give the changed sweep another --workdir") from error

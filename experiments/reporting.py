@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.tree import Tree
 from attnrl_jax.branching.steps import step_bounds
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training.loop import StepReport
+from experiments.folders import write_atomically
 
 # What the terminal shows of a step, in 80 columns: metric, heading, format.
 COLUMNS = (
@@ -113,13 +113,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             break
         metrics.append(read)
     return metrics
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text)
-    os.replace(staging, path)
 
 
 def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | None:

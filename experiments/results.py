@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting import read_metrics, write_atomically
+from experiments.folders import write_atomically
+from experiments.reporting import read_metrics
 
 # With fewer seeds a bootstrap says little: the lowest and the highest are shown instead.
 BOOTSTRAP_SEEDS = 5

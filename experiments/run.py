@@ -10,13 +10,13 @@ makes. The same `--workdir` continues a run that was stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,73 +31,42 @@ from attnrl_jax.training.stages import Setup
 from attnrl_jax.training.state import TrainState, init_state
 from experiments import reporting
 from experiments.commands import interrupted, stop
+from experiments.folders import claimed, is_same, write_atomically
 from experiments.settings import build
 from experiments.tasks import build_task, load_policy
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
+CONFIG_FILE = "config.json"
 # Settings that may differ when a run is continued: they do not change what a step computes.
 FREE_TO_CHANGE = (
     "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints", "data.cache",
 )  # fmt: skip
 
 
-class RunError(ValueError):
-    """A run folder that cannot be used."""
-
-
-def check_same_run(folder: Path, config: ConfigDict) -> bool:
-    """Whether the folder has a run, which must then be of the same configuration.
-
-    Raises:
-      RunError: it belongs to another run; the differences are named.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        return False
-    try:
-        stored = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is not valid JSON: {error}") from error
-    changed = [
-        f"{name}: {old!r} there, {new!r} here"
-        for name, old, new in _differences(stored, json.loads(config.to_json_best_effort()))
-        if name not in FREE_TO_CHANGE
-    ]
-    if changed:
-        raise RunError(f"{folder} is the folder of another run; " + "; ".join(changed))
-    return True
-
-
-def _differences(old: object, new: object, name: str = "") -> list[tuple[str, object, object]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}):
-            inner = f"{name}.{key}" if name else key
-            found += _differences(old.get(key), new.get(key), inner)
-        return found
-    return [] if old == new else [(name, old, new)]
-
-
 @contextmanager
-def claimed(folder: Path, config: ConfigDict) -> Iterator[None]:
+def claimed_run(folder: Path, config: ConfigDict) -> Iterator[None]:
     """Holds a run folder: makes it, or checks that the one there is of the same configuration.
 
     Raises:
-      RunError: it belongs to another run (the difference is named), holds other files, or is in
+      FolderError: it belongs to another run (the difference is named), holds other files, or is in
         use by another process.
     """
-    is_run = check_same_run(folder, config)
-    if not is_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists, but has no config.json: it is no run folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder} is in use by another process") from error
-        text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
-        reporting.write_atomically(folder / "config.json", text + "\n")
+    with claimed(folder, "run", CONFIG_FILE, as_json(config), FREE_TO_CHANGE):
         yield
+
+
+def check_same_run(folder: Path, config: ConfigDict) -> bool:
+    """Whether the folder has a run, which must then be of this configuration.
+
+    Raises:
+      FolderError: it belongs to another run; the differences are named.
+    """
+    return is_same(folder, "run", CONFIG_FILE, as_json(config), FREE_TO_CHANGE)
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """All settings as `config.json` keeps them."""
+    return json.loads(config.to_json_best_effort())
 
 
 def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, float]]:
@@ -112,7 +81,7 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
       metrics of every step, the first of them step 0, before training.
 
     Raises:
-      SettingError, ModelError, DataError, RunError, CheckpointError: what was given cannot be
+      SettingError, ModelError, DataError, FolderError, CheckpointError: what was given cannot be
         used.
     """
     settings = build(config)
@@ -121,7 +90,7 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
     task, skipped, report = build_task(settings, policy)
     terminal = reporting.Terminal(settings.train.steps, console)
     try:
-        with jax.set_mesh(mesh), claimed(folder, config), terminal:
+        with jax.set_mesh(mesh), claimed_run(folder, config), terminal:
             console.print(f"run folder: {folder}", soft_wrap=True)
             console.print(
                 f"{len(task.held_out)} held-out problems, {skipped} left out for their prompts; "
@@ -130,7 +99,7 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
             if report is not None:
                 console.print(report.to_table(), soft_wrap=True)
                 text = json.dumps(report.to_dict(), indent=2)
-                reporting.write_atomically(folder / "data.json", text + "\n")
+                write_atomically(folder / "data.json", text + "\n")
             params, train = policy.params, settings.train
             # A copy: the update gives the policy's own buffers away.
             reference = jax.tree.map(jnp.copy, params) if train.loss.kl_beta > 0 else None

@@ -71,8 +71,6 @@ class BuiltTask(NamedTuple):
 def load_policy(settings: Settings, mesh: Mesh) -> Policy:
     """Model, parameters and tokenizer of the policy to start from.
 
-    Each parameter goes to its place on the mesh as it is read: no device ever holds them all.
-
     Raises:
       ModelError, ValueError: the folder cannot be used, or is too short for the budgets.
     """
@@ -85,9 +83,18 @@ def load_policy(settings: Settings, mesh: Mesh) -> Policy:
             f"{model.max_length} positions"
         )
     tokenizer = load_tokenizer(folder, model.vocab_size, settings.model.tokenizer)
+    return Policy(folder, model, params_on_mesh(folder, model, mesh), tokenizer)
+
+
+def params_on_mesh(folder: Path, model: ModelConfig, mesh: Mesh) -> Any:
+    """Parameters of a folder: each goes to its place on the mesh as it is read, so that no device
+    ever holds them all.
+
+    Raises:
+      ModelError: the folder's weights are not those of the model.
+    """
     shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
-    params = load_params(folder, model, parameter_shardings(shapes, mesh))
-    return Policy(folder, model, params, tokenizer)
+    return load_params(folder, model, parameter_shardings(shapes, mesh))
 
 
 def build_task(settings: Settings, policy: Policy) -> BuiltTask:

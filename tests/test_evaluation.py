@@ -180,18 +180,22 @@ def test_summary_counts_responses_and_ignores_their_order():
     assert other.seconds == summary.seconds
 
 
-def summary_of(means, name="avg@1"):
-    value = {name: estimate(float(np.mean(means)), means)}
-    return Summary(1, 1, value, {name: means}, 0.0, 0.0, 0.0, 0, 0, 1.0)
+def summary_of(means, samples=1):
+    names = [f"{metric}@{samples}" for metric in ("avg", "pass", "maj")]
+    value = {name: estimate(float(np.mean(means)), means) for name in names}
+    return Summary(1, samples, value, dict.fromkeys(names, means), 0.0, 0.0, 0.0, 0, 0, 1.0)
 
 
 def test_the_average_weighs_benchmarks_equally():
     """The error of a mean of two independent means is half the root of their squared errors."""
     rng = np.random.default_rng(0)
     first, second = rng.normal(0.2, 0.03, 10_000), rng.normal(0.6, 0.04, 10_000)
-    overall = average([summary_of(first), summary_of(second)])["avg@1"]
+    overall = average([summary_of(first), summary_of(second)])["avg@n"]
     assert overall.value == pytest.approx(0.4, abs=1e-3)
     assert overall.high - overall.low == pytest.approx(2 * 1.96 * 0.025, rel=0.03)
+    # pass@n and maj@n grow with n: no mean where benchmarks differ in it.
+    mixed = average([summary_of(first, 4), summary_of(second, 32)])
+    assert mixed == {"avg@n": overall}
 
 
 def test_requests_are_told_apart_by_problem_sample_and_seed():

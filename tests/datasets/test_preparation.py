@@ -136,9 +136,7 @@ def test_what_cannot_be_prepared(tmp_path):
     with pytest.raises(DataError, match="4 problems are too few to set held-out ones aside"):
         prepare([name], tmp_path / "out", held_out=1)
     empty = write_rows(tmp_path / "b.jsonl", [{"problem": "p", "answer": ""}])
-    with pytest.raises(
-        DataError, match=r"leaves none of 1 problems; removed: .*'empty_answers': 1"
-    ):
+    with pytest.raises(DataError, match=r"leaves none of 1 problems; removed: empty_answers 1"):
         prepare([empty], tmp_path / "out")
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         prepare([name], tmp_path / "out", benchmarks=[str(tmp_path / "none.jsonl")])

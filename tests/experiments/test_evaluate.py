@@ -29,6 +29,7 @@ from attnrl_jax.training.state import OptimizerConfig, TrainConfig, init_state
 from experiments.benchmarks import BENCHMARKS, load_problems
 from experiments.evaluate import evaluate, main, make_parser, read_mesh
 from experiments.evaluation_files import Terminal, markdown
+from experiments.folders import FolderError
 from experiments.settings import SettingError
 from experiments.tasks import shipped_policy
 
@@ -240,15 +241,15 @@ def test_the_benchmark_files_are_evaluated(tmp_path):
         assert all(r["ended"] or r["tokens"] == 16 for r in own)
         assert numbers["truncated"] == sum(not r["ended"] for r in own) / 2
         assert numbers["unanswered"] == 1.0
-    assert results["average"]["avg@2"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert results["average"]["avg@n"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        (["--samples=4"], SettingError, r"samples: 3 there, 4 here"),
-        (["--limit=8"], SettingError, r"benchmarks.graph.count: 16 there, 8 here"),
-        (["--temperature=0.5", "--top-k=3"], SettingError, r"temperature: 0.8 .* top_k: 0 there"),
+        (["--samples=4"], FolderError, r"samples: 3 there, 4 here"),
+        (["--limit=8"], FolderError, r"benchmarks.graph.count: 16 there, 8 here"),
+        (["--temperature=0.5", "--top-k=3"], FolderError, r"temperature: 0.8 .* top_k: 0 there"),
         (["--temperature=0"], SettingError, r"all samples are equal: give --samples=1"),
         (["--top-p=0"], SettingError, r"--top-p must be in \(0, 1\]; got 0.0"),
         (["--max-tokens=0"], SettingError, r"--max-tokens must be at least 1; got 0"),
@@ -282,13 +283,13 @@ def test_only_one_process_uses_a_folder(finished):
     folder, _ = finished
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SettingError, match="in use by another process"):
+        with pytest.raises(FolderError, match="in use by another process"):
             run(folder, *GRAPH)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(SettingError, match=r"has no settings.json: it holds no evaluation"):
+    with pytest.raises(FolderError, match=r"has no settings.json: it is no evaluation folder"):
         run(tmp_path, *GRAPH)
 
 
@@ -330,14 +331,14 @@ def test_tables_fit_a_terminal():
     """The widest numbers there can be, in 100 columns."""
     wide = {"value": 1.0, "low": 1.0, "high": 1.0}
     numbers = {
-        "problems": 10000, "skipped": [], "avg@64": wide, "pass@64": wide, "maj@64": wide,
+        "problems": 10000, "samples": 64, "skipped": [],
+        "avg@64": wide, "pass@64": wide, "maj@64": wide,
         "response_length": 32768.0, "truncated": 1.0, "unanswered": 1.0, "judge_lost": 10000,
         "tokens_per_second": 123456.0,
     }  # fmt: skip
     results = {
-        "settings": {"samples": 64},
         "benchmarks": {name: numbers for name in BENCHMARKS},
-        "average": {name: wide for name in ("avg@64", "pass@64", "maj@64")},
+        "average": {name: wide for name in ("avg@n", "pass@n", "maj@n")},
     }
     table = markdown(results)
     assert max(map(len, table.splitlines())) <= 100

@@ -19,8 +19,9 @@ from attnrl_jax.models.config import ModelError
 from attnrl_jax.tasks.problems import DataError
 from attnrl_jax.training.checkpoint import CheckpointError
 from experiments.configs import attnrl_graph, attnrl_hf
+from experiments.folders import FolderError
 from experiments.reporting import Terminal, read_metrics
-from experiments.run import RunError, claimed, result_line, run
+from experiments.run import claimed_run, result_line, run
 from experiments.settings import SettingError, default_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,27 +255,29 @@ def test_the_folder_of_another_run_is_refused(finished):
     before = (folder / "config.json").read_text()
     config = small(attnrl_graph.get_config())
     config.optimizer.learning_rate = 1.0
-    with pytest.raises(RunError, match=r"another run; optimizer.learning_rate: 0.0003 there, 1.0"):
+    with pytest.raises(
+        FolderError, match=r"another run; optimizer.learning_rate: 0.0003 there, 1.0"
+    ):
         execute(config, folder)
     assert (folder / "config.json").read_text() == before
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RunError, match="no run folder"), claimed(tmp_path, default_config()):
+    with pytest.raises(FolderError, match="no run folder"), claimed_run(tmp_path, default_config()):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path):
-    again = claimed(tmp_path / "run", default_config())
+    again = claimed_run(tmp_path / "run", default_config())
     with (
-        claimed(tmp_path / "run", default_config()),
-        pytest.raises(RunError, match="in use by another process"),
+        claimed_run(tmp_path / "run", default_config()),
+        pytest.raises(FolderError, match="in use by another process"),
         again,
     ):
         pass
-    with claimed(tmp_path / "run", default_config()):
+    with claimed_run(tmp_path / "run", default_config()):
         pass
 
 

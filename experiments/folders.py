@@ -1,0 +1,89 @@
+"""Folders of results: each belongs to one configuration and to one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class FolderError(ValueError):
+    """A folder that cannot be used."""
+
+
+@contextmanager
+def claimed(
+    folder: Path, kind: str, name: str, values: dict[str, Any], free: Sequence[str] = ()
+) -> Iterator[None]:
+    """Holds a folder: makes it, or checks that the one there is of the same settings.
+
+    Args:
+      folder: of results.
+      kind: what it holds, for messages: `run`, `evaluation`.
+      name: file in it that keeps the settings.
+      values: the settings, as JSON has them.
+      free: dotted names of settings that may differ.
+
+    Raises:
+      FolderError: it belongs to other settings (the difference is named), holds other files, or is
+        in use by another process.
+    """
+    same = is_same(folder, kind, name, values, free)
+    if not same and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FolderError(f"{folder} exists, but has no {name}: it is no {kind} folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderError(f"{folder} is in use by another process") from error
+        write_atomically(folder / name, json.dumps(values, indent=2, sort_keys=True) + "\n")
+        yield
+
+
+def is_same(
+    folder: Path, kind: str, name: str, values: dict[str, Any], free: Sequence[str] = ()
+) -> bool:
+    """Whether the folder has settings, which must then be these. Arguments as `claimed`.
+
+    Raises:
+      FolderError: they differ; the differences are named.
+    """
+    path = folder / name
+    if not path.exists():
+        return False
+    try:
+        stored = flat(json.loads(path.read_text()))
+    except ValueError as error:
+        raise FolderError(f"{path} is not valid JSON: {error}") from error
+    # As they come back from a file: tuples are lists there.
+    given = flat(json.loads(json.dumps(values)))
+    changed = [
+        f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here"
+        for key in sorted({*stored, *given} - {*free})
+        if stored.get(key) != given.get(key)
+    ]
+    if changed:
+        raise FolderError(f"{folder} is the folder of another {kind}; {'; '.join(changed)}")
+    return True
+
+
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    if not isinstance(values, dict):
+        return {name: values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{name}.{key}" if name else key)
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text)
+    os.replace(staging, path)
