@@ -193,7 +193,8 @@ def _cell(numbers: dict[str, float]) -> str:
 
 def _table(rows: list[list[str]]) -> str:
     """Markdown with columns of even width: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    # A column's rule takes three characters at least.
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         first, *others = (
