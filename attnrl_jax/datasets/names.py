@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def _resolve_tfds(name: str, data_dir: str | Path | None) -> Resolved:
     split = match["split"] or "train"
     try:
         # Its progress must not end up in the output of a command.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _few_retries():
             builder = tfds.builder(full_name, data_dir=None if data_dir is None else str(data_dir))
             builder.download_and_prepare(
                 file_format="array_record",
@@ -192,6 +192,19 @@ def _resolve_tfds(name: str, data_dir: str | Path | None) -> Resolved:
             f"{name}: no such split; there are: {', '.join(sorted(builder.info.splits))}"
         )
     return Resolved(name, files, split)
+
+
+@contextmanager
+def _few_retries() -> Iterator[None]:
+    """Ends a download without network after seconds: TFDS tries ten times, over minutes."""
+    from tensorflow_datasets.core.download import downloader
+
+    before = downloader.MAX_RETRIES
+    downloader.MAX_RETRIES = 4
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = before
 
 
 def _read_data_set(folder: Path, split: str, name: str, fields: FieldNames) -> list[Problem]:
