@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from attnrl_jax.sampling.sampler import Request
-from attnrl_jax.tasks.answers import normalise, read_number
+from attnrl_jax.tasks.answers import equality_keys
 from attnrl_jax.tasks.prompts import opened_reasoning
 from attnrl_jax.tasks.tokenizer import Tokenizer
 
@@ -128,33 +128,38 @@ def pass_at_k(right: Int[np.ndarray, "problem"], samples: int, k: int) -> np.nda
     return 1.0 - np.where(chosen, factors[None, :], 1.0).prod(axis=1)
 
 
-def answer_key(answer: str) -> tuple[Any, ...]:
-    """What equal answers have in common: the exact number where one is read, else the text.
-
-    A percentage and a plain number are different answers here: 75 % would equal both 75 and 3/4.
-    """
-    number = read_number(answer)
-    return (normalise(answer),) if number is None else (number.value, number.percent)
-
-
 def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
     """Verdict on the answer that most samples of one problem give, within 0 .. 1.
 
+    Samples vote for one answer where `equality_keys` finds them equal, directly or through a third:
+    what the judge holds equal by exact reading is not split over its ways to write it. What only
+    math-verify can tell equal is split, and so are a percentage and a plain number: 75 % would
+    join both 75 and 3/4.
+
     A sample without an answer does not vote; where none votes the verdict is 0. Where several
     answers have most votes it is the mean of their verdicts, the expectation of a draw between
-    them. Samples that give one answer have one verdict, but where the judge lost one of them or
-    read several boxes as a list: the answer's verdict is then the mean of theirs.
+    them. The verdict on an answer is the mean of those on its samples: they differ where the judge
+    lost one of them, read several boxes as a list, or tells units or bases apart.
 
     Args:
       answers: final answer of each sample, None without one.
       right: verdict on each sample.
     """
-    groups: dict[tuple[Any, ...], list[bool]] = defaultdict(list)
+    groups: list[tuple[set[tuple[Any, ...]], list[bool]]] = []
     for answer, verdict in zip(answers, right, strict=True):
-        if answer is not None:
-            groups[answer_key(answer)].append(verdict)
-    most = max(map(len, groups.values()), default=0)
-    winners = [np.mean(votes) for votes in groups.values() if len(votes) == most]
+        if answer is None:
+            continue
+        keys, votes = set(equality_keys(answer)), [verdict]
+        apart = []
+        for group in groups:
+            if keys.isdisjoint(group[0]):
+                apart.append(group)
+            else:
+                votes += group[1]
+                keys |= group[0]
+        groups = [*apart, (keys, votes)]
+    most = max((len(votes) for _, votes in groups), default=0)
+    winners = [np.mean(votes) for _, votes in groups if len(votes) == most]
     return float(np.mean(winners)) if winners else 0.0
 
 

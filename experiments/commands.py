@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+# Values of `--thinking`, for `PromptConfig.enable_thinking`.
+THINKING = {"auto": None, "on": True, "off": False}
 
 
 def stop(error: Exception) -> NoReturn:
@@ -15,6 +19,21 @@ def stop(error: Exception) -> NoReturn:
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
+
+
+def config_fault(error: Exception) -> str:
+    """What an error of ml_collections' flags says, without the traceback that it may carry."""
+    text = str(error)
+    if isinstance(error, AttributeError | KeyError):
+        words = text.replace("\\n", ". ").replace("\\", "").replace("'", "").replace('"', "")
+        if "attribute get_config" in words:
+            return "the file of --config has no get_config()"
+        return f"unknown setting {words}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "Traceback (most recent call last):" in lines:
+        # The configuration file itself raised: its own words stand last.
+        return re.sub(r"^[\w.]*Error: ", "", lines[-1])
+    return " ".join(lines)
 
 
 def interrupted(how_to_continue: str) -> NoReturn:

@@ -20,6 +20,7 @@ from pathlib import Path
 from attnrl_jax.datasets.cleaning import CleaningConfig, PromptLimit
 from attnrl_jax.datasets.files import FieldNames
 from attnrl_jax.datasets.hub import model_folder
+from attnrl_jax.datasets.names import split_names
 from attnrl_jax.datasets.preparation import prepare
 from attnrl_jax.datasets.prepared import open_prepared
 from attnrl_jax.tasks.prompts import PAPER_INSTRUCTION, PromptConfig, build_prompt, prompt_version
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "names",
         nargs="+",
         metavar="FILE",
-        help="a file (JSONL, JSONL.gz, Parquet), a folder of such files, "
+        help="a file (.jsonl, .jsonl.gz, .json, .parquet), a folder of such files, "
         "tfds:NAME[/CONFIG][:VERSION][@SPLIT] or hf:OWNER/NAME[@REVISION][:PATTERN]",
     )
     made.add_argument("--out", required=True, metavar="DIR", help="folder of prepared problems")
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         default=defaults.overlap,
         metavar="SHARE",
         help="share of a benchmark problem's n-grams found in a training problem from which on "
-        "they overlap (default: %(default)s)",
+        "they overlap; 0: equal texts alone (default: %(default)s)",
     )
     clean.add_argument(
         "--ngram",
@@ -124,6 +125,12 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="whether prompts use the tokenizer's chat template (default: where it has one)",
     )
+    prompts.add_argument(
+        "--thinking",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="enable_thinking of templates that know it (default: what the template says)",
+    )
     return made
 
 
@@ -146,7 +153,12 @@ def prompt_limit(arguments: argparse.Namespace) -> tuple[PromptLimit | None, str
     folder = model_folder(arguments.model)
     vocab_size = read_config(folder).vocab_size
     tokenizer = load_tokenizer(folder, vocab_size)
-    config = PromptConfig(arguments.instruction, arguments.system, arguments.chat_template)
+    config = PromptConfig(
+        arguments.instruction,
+        arguments.system,
+        arguments.chat_template,
+        commands.THINKING[arguments.thinking],
+    )
     limit = PromptLimit(
         lambda problem: len(build_prompt(problem.text, tokenizer, config)), arguments.prompt_budget
     )
@@ -160,11 +172,11 @@ def main(arguments: argparse.Namespace) -> None:
     )
     limit, version = prompt_limit(arguments)
     made = prepare(
-        arguments.names,
+        [name for given in arguments.names for name in split_names(given)],
         arguments.out,
         fields=FieldNames(arguments.problem_field, arguments.answer_field),
         cleaning=cleaning,
-        benchmarks=arguments.benchmarks,
+        benchmarks=[name for given in arguments.benchmarks for name in split_names(given)],
         prompt_limit=limit,
         prompt_version=version,
         held_out=arguments.held_out,
@@ -179,8 +191,6 @@ def main(arguments: argparse.Namespace) -> None:
         counts += f" and {len(open_prepared(made.folder, 'held_out'))} held-out ones"
     print(f"{counts} {'were prepared before' if made.cached else 'prepared'} in {made.folder}")
     print(f"--config.data.train={made.folder}")
-    if not arguments.held_out:
-        print("(with --config.data.held_out=FILE: --held-out set no problems aside)")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ Without --model it is the small policy that comes with the project. The folder -
 
     settings.json        all that the numbers depend on; other settings are refused there
     responses/NAME.jsonl one line per response of benchmark NAME, written as soon as it is judged
-    results.json         the numbers, written anew after every benchmark
+    results.json         the numbers of its complete benchmarks, written anew after each
     results.md           the tables that are printed at the end
 
 The same command continues an evaluation that was stopped: it reads the responses and samples only
-what is missing. The noise of a response depends on seed, problem and number of the sample alone,
-so that the numbers are those of an evaluation that was never stopped (wall clock aside, and
-rounding where the devices compute the same row differently in another batch).
+what is missing. With other --benchmarks it adds them to the folder, whose results cover all that
+are complete there. The noise of a response depends on seed, problem and number of the sample
+alone, so that the numbers are those of an evaluation that was never stopped, of all benchmarks at
+once (wall clock aside, and rounding where the devices compute the same row differently in another
+batch or beside a longer cache). Settings hold a digest of the model's files: it may be moved.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import dataclasses
 import math
 import threading
 import time
-import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,14 +36,7 @@ import jax
 from rich.console import Console
 
 from attnrl_jax.datasets.hub import model_folder
-from attnrl_jax.evaluation import (
-    Answered,
-    Summary,
-    average,
-    evaluation_request,
-    judged_text,
-    summarise,
-)
+from attnrl_jax.evaluation import Answered, evaluation_request, judged_text
 from attnrl_jax.models.config import read_config
 from attnrl_jax.sampling.engine import cast_params
 from attnrl_jax.sampling.sampler import Response, SamplerConfig, sample
@@ -72,9 +66,13 @@ from experiments.evaluation_files import (
     Show,
     Terminal,
     digest,
+    joined,
     markdown,
-    plain,
+    other_summaries,
+    response_path,
+    results_of,
     settings_of,
+    summary_of,
     write_results,
 )
 from experiments.folders import claimed
@@ -121,7 +119,7 @@ def evaluate(
                     benchmark.instruction if given is None else given,
                     arguments.system,
                     arguments.chat_template,
-                    {"auto": None, "on": True, "off": False}[arguments.thinking],
+                    commands.THINKING[arguments.thinking],
                 ),
                 arguments.max_tokens or benchmark.max_tokens,
                 # At temperature 0 all samples are equal.
@@ -129,46 +127,49 @@ def evaluate(
             )
         )
     sampler = sampler_config(parts, arguments.slots)
-    # A name of the hub means the same wherever its files are cached. What only decides about speed
-    # is left out.
-    of_hub = arguments.model.startswith("hf:")
+    # What only decides about speed is left out.
     names = ("dtype", "temperature", "top_p", "top_k", "seed", "instruction", "system",
              "chat_template", "thinking", "judge_timeout")  # fmt: skip
-    values = {"model": arguments.model if of_hub else str(folder)}
-    values |= {name: getattr(arguments, name) for name in names}
-    settings = settings_of(values, folder, parts)
+    values = {name: getattr(arguments, name) for name in names}
+    of_hub = arguments.model.startswith("hf:")
+    asked = settings_of(arguments.model if of_hub else str(folder), values, folder, parts)
     label = arguments.model.partition("@")[0].rpartition("/")[2] if of_hub else folder.name
-    out = Path(arguments.out or Path("evaluations") / f"{label}-{digest(settings)}").absolute()
+    out = Path(arguments.out or default_folder(label, asked, arguments)).absolute()
+    settings, free = joined(out, asked)
     with (
         jax.set_mesh(mesh),
-        claimed(out, "evaluation", "settings.json", settings),
+        claimed(out, "evaluation", "settings.json", settings, free),
         MathJudge(judging) as math_judge,
     ):
+        summaries = other_summaries(out, settings, benchmarks)
         (out / "responses").mkdir(exist_ok=True)
         console.print(f"evaluation folder: {out}", soft_wrap=True)
         console.print(f"decode cache: {cache_size(model, sampler)}", soft_wrap=True)
+        for part in parts:
+            if part.cut():
+                console.print(part.cut(), soft_wrap=True)
         params = params_on_mesh(folder, model, mesh)
         # Once for all benchmarks; the float32 parameters are free to go.
         params = cast_params(params, model.dtype) if model.dtype != "float32" else params
         policy = Policy(folder, model, params, tokenizer)
-        summaries: dict[str, Summary] = {}
-        results: dict[str, Any] = {"settings": settings, "benchmarks": {}}
         for part in parts:
-            file = ResponseFile(out / "responses" / f"{part.name}.jsonl")
+            file = ResponseFile(response_path(out, part.name))
             judge = ExactJudge() if part.exact else math_judge
             with file, Terminal(part.name, console, on_progress) as terminal:
                 answer(part, policy, arguments, sampler, judge, file, terminal.show)
-            # A seed by name: a benchmark's interval does not depend on its company.
-            seed = zlib.crc32(part.name.encode())
-            summaries[part.name] = summarise(file.responses, part.samples, seed)
-            results["benchmarks"][part.name] = plain(summaries[part.name], part.skipped())
-            if len(summaries) == len(parts) > 1:
-                overall = average(list(summaries.values()))
-                results["average"] = {k: v._asdict() for k, v in overall.items()}
+            summaries[part.name] = summary_of(part.name, file.responses, part.samples)
+            results = results_of(settings, summaries)
             write_results(out, results)
         console.print(markdown(results), soft_wrap=True, highlight=False, markup=False)
         console.print(f"responses, results.json and results.md are in {out}", soft_wrap=True)
     return results
+
+
+def default_folder(label: str, settings: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    """One folder for all benchmarks: its name depends on what the command says of each of them."""
+    common = {k: v for k, v in settings.items() if k not in ("model", "benchmarks")}
+    common |= {name: getattr(arguments, name) for name in ("samples", "max_tokens", "limit")}
+    return Path("evaluations") / f"{label}-{digest(common)}"
 
 
 def answer(
@@ -352,7 +353,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         help="folder of responses and results (default: evaluations/MODEL-DIGEST, with a digest "
-        "of the settings)",
+        "of all settings but --benchmarks and --data)",
     )
     add("--slots", type=int, default=64, help="responses decoded at a time (default: 64)")
     add(

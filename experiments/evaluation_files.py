@@ -6,28 +6,33 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from attnrl_jax.evaluation import Answered, Summary
+from attnrl_jax.evaluation import Answered, Summary, average, summarise
 from attnrl_jax.tasks.problems import DataError
-from experiments.benchmarks import Part
-from experiments.folders import write_atomically
+from experiments.benchmarks import BENCHMARKS, Part
+from experiments.folders import flat, write_atomically
+from experiments.tables import table
 
 # Called with (responses finished, responses in all) of the benchmark under way.
 Show = Callable[[int, int], None]
 
 
-def settings_of(values: dict[str, Any], folder: Path, parts: Sequence[Part]) -> dict[str, Any]:
+def settings_of(
+    model: str, values: dict[str, Any], folder: Path, parts: Sequence[Part]
+) -> dict[str, Any]:
     """All that the numbers depend on, as `settings.json` holds it.
 
     Problems, prompts and model files are digests, so that results of different ones never mix.
 
     Args:
+      model: where it is: for the reader, as nothing depends on it.
       values: of the command line.
       folder: of the model.
       parts: the benchmarks.
@@ -39,14 +44,34 @@ def settings_of(values: dict[str, Any], folder: Path, parts: Sequence[Part]) -> 
             "prompts": digest([ids.tolist() for ids in part.prompts.values()]),
             "samples": part.samples,
             "max_tokens": part.max_tokens,
+            "skipped": part.skipped(),
         }
         for part in parts
     }
     return {
+        "model": model,
         **values,
         "model_files": _model_digest(folder),
         "benchmarks": benchmarks,
     }
+
+
+def joined(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """An evaluation's settings with the benchmarks that its folder has besides.
+
+    Returns:
+      those settings, and the names of what may differ from the folder's: where the model is, and
+      the benchmarks that the folder does not have yet. What else differs `claimed` refuses.
+    """
+    try:
+        there = json.loads((folder / "settings.json").read_text())["benchmarks"]
+        there = dict(there)
+    except (OSError, ValueError, KeyError, TypeError):
+        # No folder of ours, or none yet: `claimed` says so.
+        there = {}
+    new = {k: v for k, v in settings["benchmarks"].items() if k not in there}
+    free = ["model", *flat(new, "benchmarks")]
+    return settings | {"benchmarks": there | settings["benchmarks"]}, free
 
 
 def digest(value: Any) -> str:
@@ -81,17 +106,10 @@ class ResponseFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.responses: list[Answered] = []
         self._lock = threading.Lock()
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                self.responses.append(Answered(**json.loads(line) | {"text": ""}))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{path}:{number}: not a response ({error})") from error
+        self.responses, length = _read_responses(path)
         self._file = path.open("ab")
-        self._file.truncate(len(whole))
+        self._file.truncate(length)
 
     def __enter__(self) -> ResponseFile:
         return self
@@ -113,15 +131,89 @@ class ResponseFile:
         Raises:
           DataError: a response that was not asked for, or that is there twice.
         """
-        found: set[tuple[int, int]] = set()
-        for number, response in enumerate(self.responses, start=1):
-            key = (response.problem, response.sample)
-            if key in found:
-                raise DataError(f"{self.path}:{number}: problem, sample {key} is there twice")
-            if response.problem not in problems or not 0 <= response.sample < samples:
-                raise DataError(f"{self.path}:{number}: problem, sample {key} is not asked for")
-            found.add(key)
-        return found
+        return _done(self.path, self.responses, problems, samples)
+
+
+def _read_responses(path: Path) -> tuple[list[Answered], int]:
+    """The responses of a file, without their texts, and the bytes of its whole lines."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    responses = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            responses.append(Answered(**json.loads(line) | {"text": ""}))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not a response ({error})") from error
+    return responses, len(whole)
+
+
+def _done(
+    path: Path, responses: Sequence[Answered], problems: Container[int], samples: int
+) -> set[tuple[int, int]]:
+    found: set[tuple[int, int]] = set()
+    for number, response in enumerate(responses, start=1):
+        key = (response.problem, response.sample)
+        if key in found:
+            raise DataError(f"{path}:{number}: problem, sample {key} is there twice")
+        if response.problem not in problems or not 0 <= response.sample < samples:
+            raise DataError(f"{path}:{number}: problem, sample {key} is not asked for")
+        found.add(key)
+    return found
+
+
+def response_path(folder: Path, name: str) -> Path:
+    """File of a benchmark's responses."""
+    return folder / "responses" / f"{name}.jsonl"
+
+
+def summary_of(name: str, responses: Sequence[Answered], samples: int) -> Summary:
+    """The numbers of a benchmark; a seed by name, so that they do not depend on its company."""
+    return summarise(responses, samples, zlib.crc32(name.encode()))
+
+
+def other_summaries(
+    folder: Path, settings: dict[str, Any], names: Container[str]
+) -> dict[str, Summary]:
+    """Numbers of the folder's benchmarks but `names`, where they are complete.
+
+    Raises:
+      DataError: a damaged file of responses.
+    """
+    found = {}
+    for name, wanted in settings["benchmarks"].items():
+        if name in names:
+            continue
+        path, samples = response_path(folder, name), wanted["samples"]
+        responses, _ = _read_responses(path)
+        done = _done(path, responses, range(wanted["count"]), samples)
+        if len(done) == (wanted["count"] - len(wanted["skipped"])) * samples:
+            found[name] = summary_of(name, responses, samples)
+    return found
+
+
+def results_of(settings: dict[str, Any], summaries: dict[str, Summary]) -> dict[str, Any]:
+    """What `results.json` holds: the same in whatever order the benchmarks were evaluated.
+
+    Args:
+      settings: of the folder.
+      summaries: of its benchmarks that are complete, at least one.
+    """
+    benchmarks = settings["benchmarks"]
+    # As in the table of benchmarks, then files by name.
+    order = [name for name in BENCHMARKS if name in benchmarks]
+    order += sorted(benchmarks.keys() - BENCHMARKS.keys())
+    complete = {name: summaries[name] for name in order if name in summaries}
+    results: dict[str, Any] = {
+        "settings": settings,
+        "benchmarks": {
+            name: plain(summary, benchmarks[name]["skipped"]) for name, summary in complete.items()
+        },
+        "incomplete": [name for name in order if name not in summaries],
+    }
+    if len(complete) > 1:
+        overall = average(list(complete.values()))
+        results["average"] = {name: value._asdict() for name, value in overall.items()}
+    return results
 
 
 def plain(summary: Summary, skipped: list[str]) -> dict[str, Any]:
@@ -183,27 +275,14 @@ def markdown(results: dict[str, Any]) -> str:
         for name, numbers in benchmarks.items()
         if numbers["skipped"]
     ]
-    return "\n\n".join([_table(accuracy), _table(responses), *notes])
+    if results["incomplete"]:
+        notes.append(f"not complete, and not part of this: {', '.join(results['incomplete'])}")
+    return "\n\n".join([table(accuracy), table(responses), *notes])
 
 
 def _cell(numbers: dict[str, float]) -> str:
     value, low, high = (100 * numbers[key] for key in ("value", "low", "high"))
     return f"{value:.1f} ({low:.1f}-{high:.1f})"
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Markdown with columns of even width: the first to the left, the others to the right."""
-    # A column's rule takes three characters at least.
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *others = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("| " + " | ".join([first, *others]) + " |")
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
 class Terminal:

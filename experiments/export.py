@@ -41,12 +41,13 @@ def export(
 ) -> int:
     """Writes the parameters of a run after a step as a folder like the one it started from.
 
-    Parameters are rounded to the dtypes of that folder. The host holds them once in float32; the
+    Parameters are rounded to the dtypes of that folder, and refused where that would make one
+    infinite. The host holds them once in float32; the
     optimizer's state is not read.
 
     Args:
       workdir: run folder.
-      out: folder to make; must not exist or be empty.
+      out: folder to make; must not exist or be empty (and not the present one).
       step: one whose checkpoint is there; by default the newest.
       source: folder that the run started from, where it is no longer at `model.path`.
 
@@ -56,7 +57,8 @@ def export(
     Raises:
       ExportError: no such run, step or source folder.
       CheckpointError: the checkpoint is damaged, or of another model than the source folder's.
-      ModelError: `out` holds files, or the source folder cannot be used.
+      ModelError: `out` holds files or cannot be replaced, the source folder cannot be used, or a
+        parameter does not fit its dtype there.
     """
     workdir = Path(workdir)
     check_free(out)

@@ -32,8 +32,8 @@ def claimed(
       FolderError: it belongs to other settings (the difference is named), holds other files, or is
         in use by another process.
     """
-    same = is_same(folder, kind, name, values, free)
-    if not same and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # Before anything of ours is in there.
+    if not is_same(folder, kind, name, values, free) and not _is_free(folder):
         raise FolderError(f"{folder} exists, but has no {name}: it is no {kind} folder")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -41,8 +41,18 @@ def claimed(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FolderError(f"{folder} is in use by another process") from error
-        write_atomically(folder / name, json.dumps(values, indent=2, sort_keys=True) + "\n")
+        # Another process may have held it in between.
+        is_same(folder, kind, name, values, free)
+        text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+        write_atomically(folder / name, text + "\n")
         yield
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is there but what a start that was killed leaves."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def is_same(

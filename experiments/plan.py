@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.folders import FolderError
-from experiments.results import Result, read_result
+from experiments.results import Result, log_path, read_result
 from experiments.run import check_same_run
 from experiments.settings import build
 
@@ -118,7 +119,12 @@ def _overrides(place: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise SweepError(f"{place} must be a dict from settings to values; got {given!r}")
     # np.logspace and the like.
-    return {n: v.item() if isinstance(v, np.generic) else v for n, v in given.items()}
+    plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in given.items()}
+    for name, value in plain.items():
+        parts = value if isinstance(value, tuple | list) else [value]
+        if any(isinstance(part, float | np.floating) and math.isnan(part) for part in parts):
+            raise SweepError(f"{place}: {name} must not be nan; got {value!r}")
+    return plain
 
 
 def plan(sweep: Sweep, workdir: Path) -> list[Run]:
@@ -158,8 +164,10 @@ def plan(sweep: Sweep, workdir: Path) -> list[Run]:
         if built in settings:
             raise SweepError(f"{place} is the same run as run {settings.index(built) + 1}")
         folder = workdir / run_name(overrides)
-        if folder in (run.folder for run in runs):
-            raise SweepError(f"{place}: another run has the same folder, {folder}")
+        # What is called like another run with `.log` behind it would be in that one's place.
+        taken = {path for run in runs for path in (run.folder, log_path(run.folder))}
+        if clash := sorted({folder, log_path(folder)} & taken):
+            raise SweepError(f"{place}: another run has the same folder or log, {clash[0]}")
         settings.append(built)
         runs.append(Run(dict(overrides), tuple(arguments), passed, folder))
     return runs
@@ -181,8 +189,20 @@ def _parsed(arguments: Sequence[str], place: str) -> ConfigDict:
         if not isinstance(config, ConfigDict):
             raise SweepError(f"{arguments[0]}: get_config() must return a ConfigDict")
     except Exception as error:
-        raise SweepError(f"{place}: {error}") from error
+        raise SweepError(f"{place}: {_without_traceback(str(error))}") from error
     return config
+
+
+def _without_traceback(message: str) -> str:
+    """What ml_collections says of an error in a configuration file, but for its traceback."""
+    before, traceback, after = message.partition("Traceback (most recent call last):")
+    if not traceback:
+        return message
+    # Lines of a traceback are indented, its last is the error, which may go on.
+    lines = after.strip().splitlines()
+    indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    error = " ".join(lines[indented[-1] + 1 if indented else 0 :]) or lines[-1].strip()
+    return f"{before.strip()} {re.sub(r'^(?:[a-z_]+[.])+', '', error)}"
 
 
 def _configured(file: str, overrides: Mapping[str, Any], place: str) -> ConfigDict:

@@ -16,31 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.curves import BOOTSTRAP_SEEDS, Line, Point, interval, plot
 from experiments.folders import write_atomically
 from experiments.reporting import read_metrics
+from experiments.tables import one_line, table
 
-# With fewer seeds a bootstrap says little: the lowest and the highest are shown instead.
-BOOTSTRAP_SEEDS = 5
 # Last line that a sweep writes into the log of a run that ended by itself.
 EXIT_CODE = "[sweep] exit code {}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One held-out evaluation.
-
-    Attributes:
-      step: training steps done.
-      accuracy: share of held-out problems solved.
-      sampled_tokens, trained_tokens: since the start of the run.
-      seconds: wall clock of the steps and evaluations so far.
-    """
-
-    step: int
-    accuracy: float
-    sampled_tokens: int
-    trained_tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +32,8 @@ class Result:
     Attributes:
       name: of its folder.
       overrides: what sets it apart.
-      state: `finished`, `unfinished`, `failed` or `not started`.
+      state: `finished`, `unfinished`, `failed`, `not started`, or from a sweep that came upon
+        another process in its folder `running`.
       steps: training steps done.
       sampled_tokens, trained_tokens, seconds: of these.
       points: its held-out evaluations.
@@ -72,7 +55,10 @@ class Result:
 
 
 def finished(folder: Path, steps: int, max_sampled_tokens: int) -> bool:
-    """Whether a run has its steps, or has sampled its tokens.
+    """Whether a run has its steps, or has sampled its tokens, and has ended.
+
+    A run writes the metrics of a step, then its checkpoint, and `curve.png` at its end. All must be
+    there; of a run whose `checkpoints` folder was deleted as a whole, the other two.
 
     Args:
       folder: of the run.
@@ -80,11 +66,26 @@ def finished(folder: Path, steps: int, max_sampled_tokens: int) -> bool:
       max_sampled_tokens: it may sample; 0 sets no limit.
     """
     history = read_metrics(folder / "metrics.jsonl")
-    if not history:
+    _, reached = _within(history, steps, max_sampled_tokens)
+    if not reached or not (folder / "curve.png").exists():
         return False
-    last = history[-1]
-    spent = 0 < max_sampled_tokens <= last.get("tokens/sampled_total", 0)
-    return last["step"] >= steps or spent
+    checkpoints = folder / "checkpoints"
+    return not checkpoints.exists() or (checkpoints / f"{history[-1]['step']:.0f}").is_dir()
+
+
+def _within(
+    history: Sequence[dict[str, float]], steps: int, max_sampled_tokens: int
+) -> tuple[list[dict[str, float]], bool]:
+    """The part of a history that is within the limits, and whether it reaches them."""
+    kept = []
+    for metrics in history:
+        if metrics["step"] > steps:
+            break
+        kept.append(metrics)
+        spent = 0 < max_sampled_tokens <= metrics.get("tokens/sampled_total", 0)
+        if spent or metrics["step"] == steps:
+            return kept, True
+    return kept, False
 
 
 def read_result(
@@ -92,24 +93,24 @@ def read_result(
 ) -> Result:
     """Reads a run folder and the log beside it.
 
+    What a run did beyond the limits, when they were wider, is left out: the runs of a sweep are
+    compared at the same length.
+
     Args:
       folder: of the run; may be missing.
       overrides: of the run.
       steps, max_sampled_tokens: as for `finished`.
     """
-    history = read_metrics(folder / "metrics.jsonl")
     if finished(folder, steps, max_sampled_tokens):
         state = "finished"
     elif _failed(log_path(folder)):
         state = "failed"
     else:
         state = "unfinished" if (folder / "config.json").exists() else "not started"
+    history, _ = _within(read_metrics(folder / "metrics.jsonl"), steps, max_sampled_tokens)
     points = []
     sampled = trained = 0
     seconds = 0.0
-    if len(history) > 1:
-        # Step 0 has no counts; the warm-up's tokens are what step 1 has besides its own.
-        sampled = int(history[1]["tokens/sampled_total"] - history[1]["tokens/sampled"])
     for metrics in history:
         sampled = int(metrics.get("tokens/sampled_total", sampled))
         trained = int(metrics.get("tokens/trained_total", trained))
@@ -118,9 +119,7 @@ def read_result(
             accuracy = metrics["held_out/accuracy"]
             points.append(Point(int(metrics["step"]), accuracy, sampled, trained, seconds))
     done = int(history[-1]["step"]) if history else 0
-    return Result(
-        folder.name, overrides, state, done, sampled, trained, seconds, tuple(points)
-    )  # fmt: skip
+    return Result(folder.name, overrides, state, done, sampled, trained, seconds, tuple(points))
 
 
 def log_path(folder: Path) -> Path:
@@ -138,18 +137,14 @@ def _failed(log: Path) -> bool:
     return found is not None and found[1] != "0"
 
 
-def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Runs by `group_name`: those of a group differ in nothing but `seed`."""
-    found: dict[str, list[Result]] = {}
+def groups(results: Sequence[Result]) -> list[list[Result]]:
+    """Runs that differ in nothing but `seed`, together; in the order of the first of each."""
+    found: dict[Any, list[Result]] = {}
     for result in results:
-        found.setdefault(group_name(result.overrides), []).append(result)
-    return found
-
-
-def group_name(overrides: Mapping[str, Any]) -> str:
-    """Overrides but for the seed, in words."""
-    parts = [f"{name}={value}" for name, value in overrides.items() if name != "seed"]
-    return ", ".join(parts) or "all"
+        # The order in which a sweep file names settings says nothing.
+        items = ((n, repr(v)) for n, v in result.overrides.items() if n != "seed")
+        found.setdefault(frozenset(items), []).append(result)
+    return [*found.values()]
 
 
 def counted(group: Sequence[Result]) -> list[Result]:
@@ -161,26 +156,6 @@ def counted(group: Sequence[Result]) -> list[Result]:
     return [result for result in measured if result.state == "finished"] or measured
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of a mean over seeds.
-
-    Args:
-      values: one row per seed, `[seeds, ...]`.
-
-    Returns:
-      lower and upper bound, `[...]`: from 5 seeds on the 95 % percentile bootstrap of the mean
-      (10,000 resamples, always the same ones), otherwise the lowest and the highest value.
-    """
-    if len(values) < BOOTSTRAP_SEEDS:
-        return values.min(axis=0), values.max(axis=0)
-    drawn = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    # How often each seed was drawn: the means are one matrix product.
-    counts = np.stack([(drawn == seed).sum(axis=1) for seed in range(len(values))], axis=1)
-    means = np.tensordot(counts / len(values), values, axes=1)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return low, high
-
-
 def write_results(folder: Path, name: str, results: Sequence[Result]) -> str:
     """Writes `results.csv`, `results.json`, `results.md` and `curves.png` of a sweep.
 
@@ -190,16 +165,31 @@ def write_results(folder: Path, name: str, results: Sequence[Result]) -> str:
       results: of its runs, in its order.
 
     Returns:
-      the text of `results.md`.
+      the text of `results.md`, which says so if the curves could not be drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [_row(result) for result in results]
     write_atomically(folder / "results.json", json.dumps(rows, indent=1, default=str) + "\n")
     write_atomically(folder / "results.csv", _csv(rows))
-    drawn = plot(folder / "curves.png", name, results)
     text = markdown(name, results)
+    write_atomically(folder / "results.md", text)
+    lines = []
+    for group in groups(results):
+        runs = counted(group)
+        whole = bool(runs) and runs[0].state == "finished"
+        lines.append(Line(group[0].overrides, [run.points for run in runs], whole))
+    picture = folder / "curves.png"
+    try:
+        drawn = plot(picture, name, lines)
+    # A table of many hours of runs must not depend on what a library makes of their labels.
+    except Exception as error:
+        drawn = False
+        text += f"\nNo curves: {type(error).__name__}: {one_line(str(error))}\n"
     if drawn:
         text += "\nCurves: curves.png. Every run: results.csv, and with its curve results.json.\n"
+    else:
+        # An older one would be of other results.
+        picture.unlink(missing_ok=True)
     write_atomically(folder / "results.md", text)
     return text
 
@@ -249,27 +239,43 @@ def markdown(name: str, results: Sequence[Result]) -> str:
     settings = list(dict.fromkeys(n for r in results for n in r.overrides if n != "seed"))
     heading = [*settings, "seeds", "start", "end", "interval", "best", "steps", "sampled tokens",
                "trained tokens", "minutes"]  # fmt: skip
-    rows = [heading, ["---"] * len(settings) + ["---:"] * (len(heading) - len(settings))]
-    for group in by_group.values():
+    rows = [heading]
+    for group in by_group:
         overrides = group[0].overrides
         given = [str(overrides.get(setting, "")) for setting in settings]
         rows.append([*given, *_means(group)])
-    lines = [f"# {name}", "", *_aligned(rows), ""]
+    lines = [f"# {name}", "", table(rows, left=len(settings)), ""]
     lines += [
         "Held-out accuracy before training, at the end and at its best, means over seeds (as are "
         "the other columns). Interval of the end: 95 % bootstrap from "
         f"{BOOTSTRAP_SEEDS} seeds on, otherwise lowest to highest."
     ]
-    if any(counted(group) and counted(group)[0].state != "finished" for group in by_group.values()):
+    marks = {mark for group in by_group for mark in _marks(group)}
+    if "*" in marks:
         lines += ["", "*: no run of the line has finished; it is of those that have begun."]
+    if "+" in marks:
+        lines += [
+            "",
+            "+: a run of the line was longer than the sweep now says and was not evaluated where "
+            "the sweep ends: its end is its last evaluation before.",
+        ]
     left = [result for result in results if result.state != "finished"]
     if left:
-        rows = [["run", "state", "steps", "last accuracy"], ["---", "---", "---:", "---:"]]
+        rows = [["run", "state", "steps", "last accuracy"]]
         for result in left:
             last = f"{result.points[-1].accuracy:.3f}" if result.points else "-"
             rows.append([result.name, result.state, str(result.steps), last])
-        lines += ["", f"Not finished, {len(left)} of {len(results)} runs:", "", *_aligned(rows)]
+        lines += ["", f"Not finished, {len(left)} of {len(results)} runs:", ""]
+        lines += [table(rows, left=2)]
     return "\n".join(lines) + "\n"
+
+
+def _marks(group: Sequence[Result]) -> str:
+    """What a reader must know of a group's line; the notes below the table explain it."""
+    runs = counted(group)
+    marks = "*" if any(run.state != "finished" for run in runs) else ""
+    late = any(run.state == "finished" and run.points[-1].step < run.steps for run in runs)
+    return marks + "+" * late
 
 
 def _means(group: Sequence[Result]) -> list[str]:
@@ -286,7 +292,7 @@ def _means(group: Sequence[Result]) -> list[str]:
         return format(float(np.mean(values)), form)
 
     return [
-        seeds if done else seeds + "*",
+        seeds + _marks(group),
         mean([result.points[0].accuracy for result in runs], ".3f"),
         mean(last.tolist(), ".3f"),
         f"{low:.3f} to {high:.3f}" if len(runs) > 1 else "-",
@@ -296,105 +302,3 @@ def _means(group: Sequence[Result]) -> list[str]:
         mean([result.trained_tokens for result in runs]),
         mean([result.seconds / 60 for result in runs], ".1f"),
     ]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table that also reads well as text; the second row says how columns align."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = [cell.endswith(":") for cell in rows[1]]
-    lines = []
-    for number, row in enumerate(rows):
-        if number == 1:
-            cells = [
-                "-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)
-            ]
-        else:
-            cells = [
-                cell.rjust(w) if r else cell.ljust(w)
-                for cell, w, r in zip(row, widths, right, strict=True)
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def mean_curve(runs: Sequence[Result], axis: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Accuracies of several runs at the same places.
-
-    Args:
-      runs: with at least one evaluation each.
-      axis: `step` or `sampled_tokens`.
-
-    Returns:
-      places `[places]`, where any of the runs was evaluated and all of them had begun and not
-      yet ended; accuracy of each run there `[runs, places]`, linear between its evaluations.
-      None if there is no such place.
-    """
-    at = [np.array([getattr(p, axis) for p in run.points], float) for run in runs]
-    places = np.unique(np.concatenate(at))
-    places = places[(places >= max(x[0] for x in at)) & (places <= min(x[-1] for x in at))]
-    if not len(places):
-        return None
-    accuracy = [np.array([p.accuracy for p in run.points]) for run in runs]
-    return places, np.stack([np.interp(places, x, y) for x, y in zip(at, accuracy, strict=True)])
-
-
-def plot(path: Path, name: str, results: Sequence[Result]) -> bool:
-    """Draws held-out accuracy against steps and against sampled tokens, a line per group.
-
-    Args:
-      path: of the PNG.
-      name: of the sweep.
-      results: of its runs.
-
-    Returns:
-      whether there was anything to draw.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    lines = {name: counted(group) for name, group in groups(results).items()}
-    lines = {name: runs for name, runs in lines.items() if runs}
-    if not lines:
-        return False
-    figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.2), sharey=True, layout="constrained")
-    styles = ("-", "--", "-.", ":")
-    markers = "osD^vPX*"
-    # From dark to light: told apart in print as well.
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(lines)))
-    handles = {}
-    for index, (label, runs) in enumerate(lines.items()):
-        whole = runs[0].state == "finished"
-        for panel, axis in zip(panels, ("step", "sampled_tokens"), strict=True):
-            curve = mean_curve(runs, axis)
-            if curve is None:
-                continue
-            places, accuracy = curve
-            shown = f"{label} ({len(runs)}{'' if whole else ', unfinished'})"
-            [handles[label]] = panel.plot(
-                places, accuracy.mean(axis=0), styles[index % 4], label=shown,
-                marker=markers[index % len(markers)], markersize=5, color=colors[index],
-                markevery=0.08, markerfacecolor="white" if index % 2 else None,
-            )  # fmt: skip
-            if len(runs) > 1:
-                panel.fill_between(places, *interval(accuracy), color=colors[index], alpha=0.15)
-    panels[0].set_xlabel("training step")
-    panels[0].set_ylabel("held-out accuracy")
-    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[1].set_xlabel("sampled tokens")
-    panels[1].xaxis.set_major_formatter(EngFormatter(sep=" "))
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    figure.suptitle(f"{name}: mean over seeds (their number in brackets), band as in results.md")
-    figure.legend(
-        handles=list(handles.values()), loc="outside lower center", ncols=min(4, len(handles))
-    )
-    # Never half a picture, should the machine go away.
-    staging = path.with_name(f".{path.name}")
-    figure.savefig(staging, dpi=150, format="png")
-    plt.close(figure)
-    staging.replace(path)
-    return True

@@ -24,14 +24,15 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
+from attnrl_jax.datasets.preparation import Prepared
 from attnrl_jax.sharding import make_mesh
 from attnrl_jax.training.checkpoint import Checkpointer
 from attnrl_jax.training.loop import evaluate, finished, start, train_steps
 from attnrl_jax.training.stages import Setup
 from attnrl_jax.training.state import TrainState, init_state
 from experiments import reporting
-from experiments.commands import interrupted, stop
-from experiments.folders import claimed, is_same, write_atomically
+from experiments.commands import config_fault, interrupted, stop
+from experiments.folders import FolderError, claimed, is_same, write_atomically
 from experiments.settings import build
 from experiments.tasks import build_task, load_policy
 
@@ -87,7 +88,7 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
     settings = build(config)
     mesh = make_mesh(settings.mesh)
     policy = load_policy(settings, mesh)
-    task, skipped, report = build_task(settings, policy)
+    task, skipped, prepared = build_task(settings, policy)
     terminal = reporting.Terminal(settings.train.steps, console)
     try:
         with jax.set_mesh(mesh), claimed_run(folder, config), terminal:
@@ -96,10 +97,8 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
                 f"{len(task.held_out)} held-out problems, {skipped} left out for their prompts; "
                 "the first step compiles"
             )
-            if report is not None:
-                console.print(report.to_table(), soft_wrap=True)
-                text = json.dumps(report.to_dict(), indent=2)
-                write_atomically(folder / "data.json", text + "\n")
+            if prepared is not None:
+                record_problems(folder, prepared, console)
             params, train = policy.params, settings.train
             # A copy: the update gives the policy's own buffers away.
             reference = jax.tree.map(jnp.copy, params) if train.loss.kl_beta > 0 else None
@@ -107,6 +106,28 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
             return _run(setup, folder, init_state(params, train.optimizer, mesh), terminal)
     finally:
         task.judge.close()
+
+
+def record_problems(folder: Path, prepared: Prepared, console: Console) -> None:
+    """Writes, and shows the first time, which problems the run has and how they were cleaned.
+
+    Raises:
+      FolderError: the run began with other problems, whose responses are in its checkpoint.
+    """
+    path = folder / "data.json"
+    version = prepared.folder.parent.name
+    if path.exists():
+        before = json.loads(path.read_text())["version"]
+        if before != version:
+            raise FolderError(
+                f"{folder}: the problems (data.train, data.held_out, data.benchmarks or the "
+                f"tokenizer) have changed since the run began: version {before} then, {version} "
+                "now; give them back, or begin another run"
+            )
+        return
+    console.print(prepared.report.to_table(), soft_wrap=True, highlight=False)
+    values = {"version": version} | prepared.report.to_dict()
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 def _run(
@@ -171,7 +192,7 @@ def result_line(history: list[dict[str, float]]) -> str:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        stop(ValueError(f"unexpected arguments: {' '.join(argv[1:])} (--help explains)"))
     # Orbax reports every file it closes at INFO.
     logging.set_verbosity(logging.WARNING)
     try:
@@ -197,12 +218,9 @@ def command() -> None:
     try:
         config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
         # ml_collections runs the file, and applies --config.name=value, as flags are parsed.
-        arguments = app.parse_flags_with_usage(sys.argv)
-    except (AttributeError, KeyError) as error:
-        words = str(error).replace("\\n", ". ").replace("\\", "")
-        stop(ValueError("unknown setting " + words.replace("'", "").replace('"', "")))
+        arguments = flags.FLAGS(sys.argv)
     except Exception as error:
-        stop(error)
+        stop(ValueError(config_fault(error)))
     app.run(main, argv=arguments, flags_parser=lambda arguments: arguments)
 
 

@@ -225,6 +225,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
+    if value is None:
+        # A configuration file that leaves it to the command line sets it to None.
+        raise SettingError(f"{name} must be given: --config.{name}=...")
     raise SettingError(f"{name} must be {_describe(hint)}; got {value!r}")
 
 

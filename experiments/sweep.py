@@ -7,9 +7,10 @@
 
 The same command continues a sweep that was stopped: what has finished is skipped, what was stopped
 goes on in its folder. A run that fails costs that run; its output is in the `.log` beside its
-folder. Exit code 1 says that some failed. `--print` writes the commands for a cluster, `--index`
-runs one of them (array jobs), `--gather` then makes the table. With the environment variable
-JAX_COMPILATION_CACHE_DIR=DIR all runs share their compiled programs.
+folder. Exit code 1 says that some failed; a run that is going on in another process is left to it.
+`--print` writes the commands for a cluster, `--index` runs one of them (array jobs), `--gather`
+then makes the table. With the environment variable JAX_COMPILATION_CACHE_DIR=DIR all runs share
+their compiled programs.
 
 A sweep is a Python file with `CONFIG`, a configuration file (a relative path is one in the
 project; `FILE.py:ARGUMENT` as for experiments.run), `get_sweep()`, which yields what each run
@@ -27,12 +28,15 @@ Runs that differ in `seed` alone are repetitions: their mean and spread are show
 from __future__ import annotations
 
 import argparse
+import fcntl
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,7 +75,9 @@ def execute(run: Run) -> int:
                 # A second Ctrl-C does not wait.
                 process.kill()
             raise
-        log.write(EXIT_CODE.format(code) + "\n")
+        # One that found its folder in use has not failed: the log is of the process that holds it.
+        if code == 0 or not in_use(run.folder):
+            log.write(EXIT_CODE.format(code) + "\n")
     return code
 
 
@@ -87,9 +93,41 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds the folder of a sweep: two sweeps would run, and write, the same.
+
+    Raises:
+      SweepError: another sweep holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SweepError(
+                f"another sweep is going on in {workdir}; --gather shows what it has so far, "
+                "--index runs one run beside it"
+            ) from error
+        yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds a run folder, as `experiments.run` does while it runs."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    with path.open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def execute_all(
     runs: Sequence[Run], numbers: Sequence[int], console: Console, stop_on_error: bool
-) -> list[int]:
+) -> tuple[list[int], list[int]]:
     """Executes runs in turn and prints a line for each.
 
     Args:
@@ -99,27 +137,31 @@ def execute_all(
       stop_on_error: do nothing more after a run that failed.
 
     Returns:
-      numbers of the runs that failed.
+      numbers of the runs that failed, and of those that another process is running.
     """
-    failed = []
+    failed: list[int] = []
+    running: list[int] = []
     for number in numbers:
         run = runs[number - 1]
         label = f"{number:>{len(str(len(runs)))}}/{len(runs)} {run.folder.name}"
         begin = time.monotonic()
-        skipped, code = run.result().state == "finished", 0
-        if not skipped:
+        code, took = 0, "skipped"
+        if run.result().state != "finished" and not in_use(run.folder):
             with console.status(f"{label}: running, output in {shown(log_path(run.folder))}"):
                 code = execute(run)
+            took = _duration(time.monotonic() - begin)
         result = run.result()
-        time_taken = "skipped" if skipped else _duration(time.monotonic() - begin)
-        line = f"{label}  {result.state}  {_outcome(result)}  {time_taken}"
-        if code != 0 or result.state != "finished":
+        if result.state != "finished" and in_use(run.folder):
+            running.append(number)
+            result, took = replace(result, state="running"), "in another process"
+        line = f"{label}  {result.state}  {_outcome(result)}  {took}"
+        if result.state != "running" and (code != 0 or result.state != "finished"):
             failed.append(number)
             line += f"\n    {_reason(run, code)}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         if failed and stop_on_error:
             break
-    return failed
+    return failed, running
 
 
 def _outcome(result: Result) -> str:
@@ -136,12 +178,25 @@ def _duration(seconds: float) -> str:
 def _reason(run: Run, code: int) -> str:
     """Why a run failed, in a line, and where the rest is."""
     log = log_path(run.folder)
-    lines = [line for line in log.read_text(errors="replace").splitlines()[:-1] if line.strip()]
-    last = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+    lines: list[str] = []
+    for line in log.read_text(errors="replace").splitlines()[:-1] if log.exists() else ():
+        if line.startswith("$ "):
+            # Earlier attempts failed for reasons of their own.
+            lines.clear()
+        elif line.strip():
+            lines.append(line)
+    errors = [line for line in lines if line.startswith("error:")]
+    last = (errors or lines or ["no output"])[-1]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     if code == 0:
         how = "it ended before its last step"
     return f"{how}; {last.strip()[:300]} ({shown(log)})"
+
+
+def _write(workdir: Path, name: str, results: Sequence[Result], console: Console) -> None:
+    text = write_results(workdir, name, results)
+    console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True, end="")
+    console.print(f"results are in {shown(workdir)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -157,18 +212,31 @@ def main(arguments: argparse.Namespace) -> None:
             raise SweepError("--gather is of all runs: leave out --index")
         numbers = [arguments.index]
     if arguments.print:
-        for number in numbers:
-            print(shlex.join(runs[number - 1].command))
+        commands = {number: shlex.join(runs[number - 1].command) for number in numbers}
+        for number, line in commands.items():
+            # The jobs of an array read a line each.
+            if len(line.splitlines()) > 1:
+                raise SweepError(
+                    f"run {number} cannot be printed: a value has a line break, and a command "
+                    f"must be one line; --index={number} runs it"
+                )
+        print("\n".join(commands.values()))
         return
     check_folders(runs[number - 1] for number in numbers)
-    failed = []
-    if not arguments.gather:
-        failed = execute_all(runs, numbers, console, arguments.stop_on_error)
-    if arguments.index is None:
-        # Several jobs of an array would write over each other.
-        text = write_results(workdir, name, [run.result() for run in runs])
-        console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True, end="")
-        console.print(f"results are in {shown(workdir)}", highlight=False, soft_wrap=True)
+    if arguments.index is not None:
+        # Several jobs of an array would write over each other: the table is left to --gather.
+        failed, _ = execute_all(runs, numbers, console, arguments.stop_on_error)
+    elif arguments.gather:
+        failed = []
+        _write(workdir, name, [run.result() for run in runs], console)
+    else:
+        with held(workdir):
+            failed, running = execute_all(runs, numbers, console, arguments.stop_on_error)
+            results = [run.result() for run in runs]
+            for number in running:
+                if results[number - 1].state != "finished":
+                    results[number - 1] = replace(results[number - 1], state="running")
+            _write(workdir, name, results, console)
     if failed:
         print(f"error: {len(failed)} of {len(numbers)} runs failed", file=sys.stderr)
         sys.exit(1)

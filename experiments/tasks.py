@@ -12,16 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from attnrl_jax.datasets.cleaning import CleaningReport, PromptLimit
+from attnrl_jax.datasets.cleaning import PromptLimit
+from attnrl_jax.datasets.files import FieldNames
 from attnrl_jax.datasets.hub import model_folder
-from attnrl_jax.datasets.names import read_names, split_names
-from attnrl_jax.datasets.preparation import prepare
-from attnrl_jax.datasets.prepared import (
-    find_prepared,
-    open_prepared,
-    read_metadata,
-    read_report,
-)
+from attnrl_jax.datasets.names import is_prepared_folder, read_held_out, resolve, split_names
+from attnrl_jax.datasets.preparation import Prepared, only_overlap, prepare
+from attnrl_jax.datasets.prepared import find_prepared, open_prepared, read_metadata
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.models.config import ModelConfig, read_config
 from attnrl_jax.models.transformer import init_params
@@ -60,12 +56,13 @@ class BuiltTask(NamedTuple):
       task: problems, prompts and judge.
       held_out_skipped: held-out problems left out because their prompts are empty or exceed the
         budget, as training problems are.
-      report: how the training problems were cleaned; None for generated ones.
+      prepared: training problems of files, with the report of their cleaning; None for generated
+        ones.
     """
 
     task: Task
     held_out_skipped: int
-    report: CleaningReport | None
+    prepared: Prepared | None
 
 
 def load_policy(settings: Settings, mesh: Mesh) -> Policy:
@@ -112,16 +109,11 @@ def build_task(settings: Settings, policy: Policy) -> BuiltTask:
 
     source: Source
     judge: ExactJudge | MathJudge
-    report = None
-    filters = {"prompt": fits}
+    cleaned = None
     if settings.data.train:
         limit = PromptLimit(lambda problem: len(prompt(problem)), settings.train.prompt_budget)
-        folder = _prepared_folder(settings, policy, limit)
-        report = read_report(folder)
-        source = open_prepared(folder)
-        held_out = _held_out(settings, folder)
-        texts = {problem.text for problem in held_out}
-        filters["held_out"] = lambda problem: problem.text not in texts
+        cleaned, held_out = _prepare(settings, policy, limit)
+        source = open_prepared(cleaned.folder)
         judge = MathJudge(settings.judging)
     else:
         source = GraphSource(settings.graph, "train", settings.train.seed, GRAPH_PROBLEMS)
@@ -131,49 +123,49 @@ def build_task(settings: Settings, policy: Policy) -> BuiltTask:
     fitting = [problem for problem in held_out if fits(problem)]
     if not fitting:
         raise DataError(f"no held-out problem fits prompt_budget={settings.train.prompt_budget}")
-    stream = ProblemStream(source, settings.train.seed, filters)
+    stream = ProblemStream(source, settings.train.seed, {"prompt": fits})
     task = Task(stream, fitting, policy.tokenizer, prompt, judge)
-    return BuiltTask(task, len(held_out) - len(fitting), report)
+    return BuiltTask(task, len(held_out) - len(fitting), cleaned)
 
 
-def _prepared_folder(settings: Settings, policy: Policy, limit: PromptLimit) -> Path:
-    """Where the prepared training problems lie; they are prepared now if they were not before."""
+def _prepare(
+    settings: Settings, policy: Policy, limit: PromptLimit
+) -> tuple[Prepared, list[Problem]]:
+    """Training problems, cleaned and written unless they were before, and held-out problems."""
     data = settings.data
     names = split_names(data.train)
-    if len(names) == 1:
+    cleaning, held_names = data.cleaning, split_names(data.held_out)
+    if len(names) == 1 and is_prepared_folder(names[0]):
+        # Cleaned when it was prepared, as was chosen then; what is evaluated now is checked anew.
+        if data.fields != FieldNames():
+            raise SettingError(f"data.fields has no effect on prepared problems: {names[0]}")
+        cleaning = only_overlap(cleaning)
         folder = find_prepared(names[0])
-        if folder is not None:
-            return folder
-    made = prepare(
+        set_aside = folder is not None and "held_out" in read_metadata(folder)["problems"]
+        if set_aside and not held_names:
+            held_names = (f"{folder}@held_out",)
+    prepared = prepare(
         names,
         data.cache or problem_cache(),
         fields=data.fields,
-        cleaning=data.cleaning,
-        benchmarks=split_names(data.benchmarks) + split_names(data.held_out),
+        cleaning=cleaning,
+        benchmarks=split_names(data.benchmarks) + held_names,
         prompt_limit=limit,
         prompt_version=prompt_version(
             policy.folder, settings.prompt, policy.model.vocab_size, settings.model.tokenizer
         ),
-        held_out=0 if data.held_out else data.held_out_size,
+        held_out=0 if held_names else data.held_out_size,
     )
-    return made.folder
+    if held_names:
+        parts = [part for name in held_names for part in read_held_out(resolve(name), data.fields)]
+        held_out = [problem for _, problems in parts for problem in problems]
+    else:
+        split = open_prepared(prepared.folder, "held_out")
+        held_out = [split[i] for i in range(len(split))]
+    return prepared, held_out[: data.held_out_size]
 
 
 def problem_cache() -> Path:
     """The user's cache folder of prepared problems."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "attnrl_jax" / "problems"
-
-
-def _held_out(settings: Settings, folder: Path) -> list[Problem]:
-    data = settings.data
-    if data.held_out:
-        held_out = read_names(split_names(data.held_out), data.fields)
-    else:
-        if "held_out" not in read_metadata(folder)["problems"]:
-            raise DataError(
-                f"{data.train}: no held-out problems are set aside here; give data.held_out"
-            )
-        split = open_prepared(folder, "held_out")
-        held_out = [split[i] for i in range(len(split))]
-    return held_out[: data.held_out_size]

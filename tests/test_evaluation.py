@@ -86,6 +86,13 @@ def test_pass_counts():
         # ... but not their rounded values, and not a percentage of them.
         (["0.3333333", "0.3333334", "2", "2"], [True, True, False, False], 0.0),
         (["50%", "0.5", "2", "2"], [True, True, False, False], 0.0),
+        # Units, variables and bases that are left out.
+        (["18", "18 dollars", r"18\text{ dollars}", "7", "7"], [True] * 3 + [False] * 2, 1.0),
+        (["18", "x = 18", "7", "7", r"18\text{ m}"], [True, True, False, False, True], 1.0),
+        (["1010_2", "1010_{2}", "1010", "7", "7"], [True] * 3 + [False] * 2, 1.0),
+        (["1010_2", "1010_3", "7", "7"], [True, False, False, False], 0.0),
+        # Two votes that have only a third in common.
+        (["2A_{16}", "2A_{16}", "42_{10}", "42", "7", "7", "7"], [True] * 4 + [False] * 3, 1.0),
         # Ties: the mean over the answers that have most votes.
         (["1", "2"], [True, False], 0.5),
         (list("1122334"), [True, True, False, False, False, False, True], 1 / 3),
@@ -94,6 +101,7 @@ def test_pass_counts():
     ],
 )  # fmt: skip
 def test_majority(answers, right, expected):
+    """Regression: votes with and without a unit, a variable or a base were split."""
     assert majority(answers, right) == pytest.approx(expected)
     assert majority(answers[::-1], right[::-1]) == pytest.approx(expected)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from attnrl_jax.datasets.files import (
     problem_from_row,
     read_problems,
 )
-from attnrl_jax.datasets.prepared import find_prepared, is_prepared, open_prepared
+from attnrl_jax.datasets.prepared import (
+    find_prepared,
+    is_prepared,
+    open_prepared,
+    read_metadata,
+)
 from attnrl_jax.tasks.problems import DataError, Problem
 
 _TFDS = re.compile(
@@ -88,7 +93,8 @@ def resolve(name: str, data_dir: str | Path | None = None) -> Resolved:
       name: one of
         a file of `FORMATS`;
         a folder of such files: all of them, sorted;
-        a folder of prepared problems, as `find_prepared` takes it: its split `train`;
+        a folder of prepared problems, as `find_prepared` takes it: its split `train`, or another
+          as `FOLDER@SPLIT`;
         `tfds:NAME[/CONFIG][:VERSION][@SPLIT]`: a data set of tensorflow-datasets, prepared as
           ArrayRecord if it is not yet there; the split is `train` by default;
         `hf:OWNER/NAME[@REVISION][:PATTERN]`: files of a dataset on the Hugging Face hub
@@ -104,6 +110,11 @@ def resolve(name: str, data_dir: str | Path | None = None) -> Resolved:
     if name.startswith("hf:"):
         return Resolved(name, tuple(hub.data_files(name, FORMATS)))
     path = Path(name)
+    base, _, split = name.rpartition("@")
+    if not path.exists() and base and (prepared := find_prepared(base)) is not None:
+        if split not in read_metadata(prepared)["problems"]:
+            raise DataError(f"{name}: these prepared problems have no split {split!r}")
+        return Resolved(name, _record_files(prepared), split)
     if path.is_file():
         if not _is_usable(path):
             raise DataError(f"{name}: files of problems end in {', '.join(FORMATS)}")
@@ -123,6 +134,28 @@ def resolve(name: str, data_dir: str | Path | None = None) -> Resolved:
             "this folder"
         )
     return Resolved(name, _record_files(prepared), "train")
+
+
+def is_prepared_folder(name: str) -> bool:
+    """Whether `resolve` takes the name for a folder of prepared problems."""
+    return Path(name).is_dir() and resolve(name).split != ""
+
+
+def read_held_out(source: Resolved, fields: FieldNames) -> Iterator[tuple[str, list[Problem]]]:
+    """`read_parts` of problems that come beside the training problems: they may have the same field
+    names or the usual ones.
+
+    Raises:
+      DataError: they have neither.
+    """
+    try:
+        return iter(list(source.read_parts(fields)))
+    except DataError:
+        if fields == USUAL_FIELDS:
+            raise
+        with suppress(DataError):
+            return iter(list(source.read_parts()))
+        raise
 
 
 def read_names(

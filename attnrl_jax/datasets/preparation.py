@@ -15,7 +15,7 @@ from typing import Any
 
 from attnrl_jax.datasets.cleaning import CleaningConfig, CleaningReport, PromptLimit, clean
 from attnrl_jax.datasets.files import USUAL_FIELDS, FieldNames
-from attnrl_jax.datasets.names import Resolved, resolve
+from attnrl_jax.datasets.names import Resolved, read_held_out, resolve
 from attnrl_jax.datasets.prepared import (
     FORMAT,
     is_prepared,
@@ -64,12 +64,13 @@ def prepare(
     problems at once one finds the other's folder.
 
     Splits: `train`, in the order of the sources, and, with `held_out`, `held_out`: the problems
-    with the least hash of their text, whatever the order of the files. No text occurs in both.
+    with the least hash of their text, whatever the order of the files. What overlaps with them, as
+    with a benchmark, is removed from `train`.
 
     Args:
       names: of the sources, as `attnrl_jax.datasets.names.resolve` takes them; in this order.
       out: folder that holds every version.
-      fields: names of the fields of `names`' files; benchmarks' fields are found by themselves.
+      fields: names of the fields of `names`' files; benchmarks have the same or the usual ones.
       cleaning: which faults are removed.
       benchmarks: names of problems that training problems must not overlap.
       prompt_limit: longest prompt.
@@ -105,7 +106,7 @@ def prepare(
     if is_prepared(folder):
         return _cached(folder)
     problems = [problem for source in sources for problem in source.read(fields)]
-    kept, report = clean(problems, cleaning, _benchmark_problems(against), prompt_limit)
+    kept, report = clean(problems, cleaning, _benchmark_problems(against, fields), prompt_limit)
     if not kept:
         removed = ", ".join(f"{fault} {rows}" for fault, rows in report.removed.items() if rows)
         limit = f" (prompts may have {prompt_limit.tokens} tokens)" if prompt_limit else ""
@@ -113,7 +114,9 @@ def prepare(
             f"{', '.join(names)}: cleaning leaves none of {report.read} problems; "
             f"removed: {removed}{limit}"
         )
-    splits = _split(kept, held_out, ", ".join(names))
+    splits = {"train": kept}
+    if held_out:
+        splits, report = _set_aside(kept, report, held_out, cleaning, ", ".join(names))
     metadata = {
         "attnrl_jax": FORMAT,
         "prepared": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -163,19 +166,26 @@ def _version_name(settings: Mapping[str, Any], described: Mapping[str, Any]) -> 
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
-def _benchmark_problems(sources: Sequence[Resolved]) -> dict[str, list[Problem]]:
+def _benchmark_problems(
+    sources: Sequence[Resolved], fields: FieldNames
+) -> dict[str, list[Problem]]:
     """Problems by benchmark: each local file is one, anything else goes by its name."""
     named: dict[str, list[Problem]] = {}
     for source in sources:
-        for name, problems in source.read_parts():
+        for name, problems in read_held_out(source, fields):
             name = f"{source.name}: {name}" if name in named else name
             named.setdefault(name, []).extend(problems)
     return named
 
 
-def _split(problems: list[Problem], held_out: int, where: str) -> dict[str, list[Problem]]:
-    if not held_out:
-        return {"train": problems}
+def _set_aside(
+    problems: list[Problem],
+    report: CleaningReport,
+    held_out: int,
+    cleaning: CleaningConfig,
+    where: str,
+) -> tuple[dict[str, list[Problem]], CleaningReport]:
+    """Splits cleaned problems; what overlaps with those set aside is in neither split."""
     by_hash = sorted(problems, key=_text_hash)
     aside = by_hash[: min(held_out, len(problems) // 5)]
     if not aside:
@@ -183,8 +193,26 @@ def _split(problems: list[Problem], held_out: int, where: str) -> dict[str, list
             f"{where}: {len(problems)} problems are too few to set held-out ones "
             "aside; give held-out problems of their own"
         )
-    texts = {problem.text for problem in aside}
-    return {"train": [p for p in problems if p.text not in texts], "held_out": aside}
+    chosen = set(map(id, aside))
+    rest = [problem for problem in problems if id(problem) not in chosen]
+    train, against = clean(rest, only_overlap(cleaning), {"held_out": aside})
+    if not train:
+        raise DataError(f"{where}: every problem overlaps with one that is set aside")
+    overlapping = len(rest) - len(train)
+    report = dataclasses.replace(
+        report,
+        kept=report.kept - overlapping,
+        found=report.found | {"overlap": report.found.get("overlap", 0) + overlapping},
+        removed=report.removed | {"overlap": report.removed.get("overlap", 0) + overlapping},
+        benchmarks=report.benchmarks | against.benchmarks,
+    )
+    return {"train": train, "held_out": aside}, report
+
+
+def only_overlap(cleaning: CleaningConfig) -> CleaningConfig:
+    """The same check of overlap, and nothing else."""
+    off = {name: False for name, value in dataclasses.asdict(cleaning).items() if value is True}
+    return dataclasses.replace(cleaning, **off)
 
 
 def _text_hash(problem: Problem) -> tuple[bytes, str]:

@@ -203,15 +203,39 @@ def _tensors(params: Any, config: ModelConfig) -> dict[str, Callable[[], np.ndar
     return tensors
 
 
+def _rounded(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """A tensor in the dtype of its file.
+
+    Raises:
+      ModelError: a finite value is beyond the largest of the dtype.
+    """
+    with np.errstate(over="ignore"):  # refused below, by name
+        rounded = array.astype(dtype)
+    if rounded.dtype != array.dtype:
+        lost = np.isfinite(array) & ~np.isfinite(rounded)
+        if lost.any():
+            raise ModelError(
+                f"tensor {name!r} does not fit {np.dtype(dtype).name}: {array[lost][0]:g} would "
+                f"become infinite ({lost.sum()} of {array.size} values)"
+            )
+    return rounded
+
+
 def check_free(out: str | Path) -> None:
     """Checks that a folder can be made at `out`.
 
     Raises:
-      ModelError: there are files, or it is one.
+      ModelError: there are files, it is one, or it is an empty folder that cannot be replaced.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists and is not an empty folder")
+    # The finished folder takes the place of an empty one.
+    if out.is_symlink() or (out.exists() and (out.is_mount() or out.samefile("."))):
+        raise ModelError(
+            f"{out} is the present folder, a link or a mount point and cannot be replaced; name a "
+            "folder to make"
+        )
 
 
 def save_folder(
@@ -236,8 +260,8 @@ def save_folder(
       dtype: `float32`, `bfloat16` or `float16`.
 
     Raises:
-      ModelError: `out` holds files, unknown dtype, or the tensors of the source are not those of
-        the parameters.
+      ModelError: `out` holds files or cannot be replaced, unknown dtype, the tensors of the source
+        are not those of the parameters, or a finite value would become infinite in its dtype.
     """
     out = Path(out)
     if dtype not in ("float32", "float16", "bfloat16"):
@@ -250,7 +274,7 @@ def save_folder(
         if source is None:
             names = [n for n in tensors if not (config.tie_embeddings and n == "lm_head.weight")]
             kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-            arrays = {name: tensors[name]().astype(kind[dtype]) for name in names}
+            arrays = {name: _rounded(tensors[name](), kind[dtype], name) for name in names}
             save_file(arrays, staging / SINGLE_FILE, metadata={"format": "pt"})
             text = json.dumps(config_to_hf(config, end_ids, dtype), indent=2, sort_keys=True)
             (staging / "config.json").write_text(text + "\n")
@@ -280,7 +304,7 @@ def _save_like(source: Path, out: Path, tensors: dict[str, Callable[[], np.ndarr
             for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
                 dtype = _DTYPES.get(stored.get_slice(name).get_dtype())
                 if name in tensors and dtype is not None:
-                    arrays[name] = tensors[name]().astype(dtype)
+                    arrays[name] = _rounded(tensors[name](), dtype, name)
                     shape = tuple(stored.get_slice(name).get_shape())
                     if arrays[name].shape != shape:
                         raise ModelError(

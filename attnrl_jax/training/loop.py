@@ -33,8 +33,7 @@ from attnrl_jax.algorithms.advantages import (
     token_advantages,
 )
 from attnrl_jax.branching.tree import PathSegments, path_segments
-from attnrl_jax.evaluation import evaluation_request, judged_text
-from attnrl_jax.sampling.sampler import sample
+from attnrl_jax.evaluation import evaluation_request
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training import rollout
 from attnrl_jax.training.stages import (
@@ -67,7 +66,7 @@ class LoopState:
       batch_size: problems of the last draw.
       surviving_rows: rows that the last step trained on; 0 leaves the batch size as it is.
       easy_mean, easy_count: cumulative mean of the attention level of easy problems.
-      sampled_tokens, trained_tokens, skipped_steps, skipped_prompts: totals.
+      sampled_tokens, trained_tokens, skipped_steps, skipped_prompts, lost_answers: totals.
     """
 
     train: TrainState
@@ -86,6 +85,7 @@ class LoopState:
     trained_tokens: int
     skipped_steps: int
     skipped_prompts: int
+    lost_answers: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def start(setup: Setup, train: TrainState) -> LoopState:
         train=train, step=0, batch=None, batch_start=0, batch_count=0, next_start=0, next_count=0,
         cursor=0, batch_size=setup.config.num_problems, surviving_rows=0, easy_mean=0.0,
         easy_count=0, sampled_tokens=0, trained_tokens=0, skipped_steps=0, skipped_prompts=0,
+        lost_answers=0,
     )  # fmt: skip
     if setup.config.schedule == "on_policy":
         return state
@@ -124,7 +125,9 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     params = state.train.params
     [sampled], tokens = generate(params, setup, [_initial_group(problems, setup, 1)], watch)
     initial = initial_batch(params, setup, sampled, 0, watch)
-    return dataclasses.replace(state, batch=initial, sampled_tokens=tokens)
+    return dataclasses.replace(
+        state, batch=initial, sampled_tokens=tokens, lost_answers=watch.lost_answers
+    )
 
 
 def finished(state: LoopState, config: TrainConfig) -> bool:
@@ -243,6 +246,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         sampled_tokens=state.sampled_tokens + sampled_tokens,
         trained_tokens=state.trained_tokens + trained_tokens,
         skipped_steps=state.skipped_steps + (survivors == 0),
+        lost_answers=state.lost_answers + watch.lost_answers,
     )
     metrics |= _closing_metrics(state, watch, sampled_tokens, trained_tokens, survivors)
     total = time.perf_counter() - begin
@@ -287,7 +291,8 @@ def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
       setup: of the run.
 
     Returns:
-      metrics `held_out/...`: accuracy, its number of problems, mean response length.
+      metrics `held_out/...`: accuracy, its number of problems, mean response length, answers that
+      the judge lost.
     """
     config, task = setup.config, setup.task
     problems = task.held_out[: config.eval_problems or None]
@@ -301,23 +306,19 @@ def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
         )
         for index, problem in enumerate(problems)
     ]
-    watch = Stopwatch(setup.on_stage)
-    with watch.stage("evaluate"):
-        samples, _ = sample(
-            state.train.params, setup.model, requests, task.tokenizer.end_ids, config.sampler
-        )
-        responses = [responses[0] for responses in samples]
-        rewards, _ = task.judge.judge_many(
-            [
-                (judged_text(request.prefix, response.tokens, task.tokenizer), problem.answers)
-                for request, response, problem in zip(requests, responses, problems, strict=True)
-            ]
-        )
+    group = Group(
+        requests,
+        [problem.answers for problem in problems],
+        [len(request.prefix) for request in requests],
+    )
+    watch = Stopwatch(lambda stage: setup.on_stage("evaluate"))
+    [sampled], tokens = generate(state.train.params, setup, [group], watch)
     return {
-        "held_out/accuracy": float(np.mean(rewards)),
+        "held_out/accuracy": float(np.mean(sampled.rewards)),
         "held_out/problems": len(problems),
-        "held_out/response_length": float(np.mean([len(r.tokens) for r in responses])),
-        "seconds/evaluate": watch.seconds["evaluate"],
+        "held_out/response_length": tokens / len(problems),
+        "held_out/judge_lost": watch.lost_answers,
+        "seconds/evaluate": sum(watch.seconds.values()),
     }
 
 
@@ -361,7 +362,8 @@ def _closing_metrics(
         "step/skipped_total": state.skipped_steps,
         "update/not_finite_total": int(state.train.skipped),
         "judge/unanswered": watch.judged.unanswered,
-        "judge/lost": watch.judged.timeouts + watch.judged.failures,
+        "judge/lost": watch.lost_answers,
+        "judge/lost_total": state.lost_answers,
     }
 
 

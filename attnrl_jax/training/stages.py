@@ -81,6 +81,11 @@ class Stopwatch:
         self.judged = JudgeCounts()
         self._on_stage = on_stage
 
+    @property
+    def lost_answers(self) -> int:
+        """Answers that cost their time limit, or a worker; judged wrong."""
+        return self.judged.timeouts + self.judged.failures
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self._on_stage(name)

@@ -9,11 +9,16 @@ Time:      not measured at scale yet.
 Result:    depends on the model; answers are judged by math-verify.
 """
 
+from ml_collections import config_dict
+
 from experiments.settings import default_config
 
 
 def get_config():
     config = default_config()
+    # To be given on the command line.
+    config.model.path = config_dict.placeholder(str)
+    config.data.train = config_dict.placeholder(str)
     config.steps = 100
     config.num_problems = 8
     config.num_responses = 6

@@ -3,7 +3,8 @@
 40.3k DeepScaleR problems, 64 of them a step, n = 6 responses of at most 8,192 tokens, N = 2 branch
 positions at least D = 512 tokens apart, C = 2 continuations of each; AdamW at 1e-6, about ten
 updates a step, a KL penalty of 0.001. Those are the defaults; what stands here is what a default
-leaves open. The number of steps and the rhythm of evaluation are the released program's.
+leaves open. The paper does not give the number of steps and the rhythm of evaluation: they follow
+the training script that its authors published (801 steps, an evaluation every 20).
 
 The methods it is compared with have the same numbers, without what is AttnRL's own:
   treerl  branches at tokens of high entropy, two rounds of generation, a fixed batch

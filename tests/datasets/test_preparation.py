@@ -272,6 +272,6 @@ def test_real_files(tmp_path):
     made = prepare([name], tmp_path / "out", benchmarks=benchmarks, held_out=64)
     train, held_out = open_prepared(made.folder), open_prepared(made.folder, "held_out")
     assert len(train) + len(held_out) == made.report.kept <= made.report.read == len(listed)
-    assert {"aime24", "amc23"} == set(made.report.benchmarks)
+    assert {"aime24", "amc23", "held_out"} == set(made.report.benchmarks)
     by_id: dict[str, Problem] = {p.id: p for p in listed}
     assert all(by_id[p.id] == p for source in (train, held_out) for p in source)

@@ -43,7 +43,14 @@ def test_all_are_known_here():
     files = {path.name for path in CONFIGS.glob("*.py")} - {"__init__.py", "paper.py"}
     assert files == {Path(module.__file__).name for module in modules}
     for module in modules:
-        build(module.get_config())
+        config = module.get_config()
+        if module is attnrl_hf:
+            with pytest.raises(
+                SettingError, match=r"model.path must be given: --config.model.path="
+            ):
+                build(config)
+            config.model.path, config.data.train = "DIR", "FILE.jsonl"
+        build(config)
         for word in ("Command:", "Hardware:", "Time:", "Result:"):
             assert word in module.__doc__
         assert "@@" not in module.__doc__

@@ -38,12 +38,11 @@ def file(tmp_path):
 def test_prints_the_report_the_folder_and_the_setting(file, tmp_path, capsys):
     out = tmp_path / "out"
     lines = run(file, "--out", out, "--json", tmp_path / "report.json", capsys=capsys)
-    folder = Path(lines[-2].removeprefix("--config.data.train="))
+    folder = Path(lines[-1].removeprefix("--config.data.train="))
     report = read_report(folder)
     assert folder.is_relative_to(out)
     assert "\n".join(lines).startswith(report.to_table())
-    assert lines[-3] == f"11 problems prepared in {folder}"
-    assert "--config.data.held_out" in lines[-1]
+    assert lines[-2] == f"11 problems prepared in {folder}"
     assert len(open_prepared(folder)) == 11
     values = json.loads((tmp_path / "report.json").read_text())
     assert CleaningReport.from_dict(values) == report

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,15 +21,15 @@ from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from attnrl_jax.tasks.graph import GraphSource, GraphTaskConfig
 from attnrl_jax.tasks.judging import ExactJudge
-from attnrl_jax.tasks.problems import DataError
+from attnrl_jax.tasks.problems import DataError, Problem
 from attnrl_jax.tasks.prompts import PromptConfig, build_prompt
-from attnrl_jax.tasks.tokenizer import load_tokenizer
+from attnrl_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 from attnrl_jax.training import loop
 from attnrl_jax.training.stages import Setup, Task
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, init_state
-from experiments.benchmarks import BENCHMARKS, load_problems
+from experiments.benchmarks import BENCHMARKS, Benchmark, load_problems, prepare
 from experiments.evaluate import evaluate, main, make_parser, read_mesh
-from experiments.evaluation_files import Terminal, markdown
+from experiments.evaluation_files import markdown
 from experiments.folders import FolderError
 from experiments.settings import SettingError
 from experiments.tasks import shipped_policy
@@ -244,6 +245,19 @@ def test_the_benchmark_files_are_evaluated(tmp_path):
     assert results["average"]["avg@n"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
+def test_a_budget_that_the_model_cannot_hold_is_said():
+    """A bug: it was cut without a word."""
+    problems = [Problem("a", "x" * 20, ("1",)), Problem("b", "x" * 90, ("1",))]
+    tokenizer = Tokenizer(None, 256, (0,))
+    model = replace(read_config(TINY_MODEL), max_length=100)
+    part = prepare(
+        "own", Benchmark("", instruction=""), problems, tokenizer, model, PromptConfig(""), 50, 1
+    )
+    assert part.budgets == {0: 50, 1: 10}
+    assert part.cut().endswith("50 tokens; responses to 1 of 2 problems have fewer, the least 10")
+    assert replace(part, max_tokens=10).cut() == ""
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
@@ -263,6 +277,8 @@ def test_the_benchmark_files_are_evaluated(tmp_path):
         (["--mesh=data:x"], SettingError, r"--mesh is written data:-1,fsdp:1,tensor:1"),
         (["--mesh=rows:1"], SettingError, r"got 'rows:1'"),
         (["--judge-workers=0"], ValueError, r"workers must be positive"),
+        (["--judge-timeout=inf"], ValueError, r"timeout_seconds must be positive and finite"),
+        (["--judge-timeout=nan"], ValueError, r"timeout_seconds must be positive and finite"),
         (["--system=S"], ValueError, r"a system message needs a chat template"),
     ],
 )  # fmt: skip
@@ -316,52 +332,12 @@ def test_damaged_responses_are_refused(finished, tmp_path, change, message):
     assert path.read_bytes() == content
 
 
-def test_the_default_folder_depends_on_the_settings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = [*GRAPH, "--samples=1"]
-    with open(os.devnull, "w") as nowhere:
-        for more in ([], [], ["--seed=1"]):
-            evaluate(make_parser().parse_args([*flags, *more]), Console(file=nowhere))
-    folders = sorted(path.name for path in Path("evaluations").iterdir())
-    assert len(folders) == 2
-    assert all(name.startswith("policy-") for name in folders)
-
-
-def test_tables_fit_a_terminal():
-    """The widest numbers there can be, in 100 columns."""
-    wide = {"value": 1.0, "low": 1.0, "high": 1.0}
-    numbers = {
-        "problems": 10000, "samples": 64, "skipped": [],
-        "avg@64": wide, "pass@64": wide, "maj@64": wide,
-        "response_length": 32768.0, "truncated": 1.0, "unanswered": 1.0, "judge_lost": 10000,
-        "tokens_per_second": 123456.0,
-    }  # fmt: skip
-    results = {
-        "benchmarks": {name: numbers for name in BENCHMARKS},
-        "average": {name: wide for name in ("avg@n", "pass@n", "maj@n")},
-    }
-    table = markdown(results)
-    assert max(map(len, table.splitlines())) <= 100
-    first = table.splitlines()
-    assert [cell.strip() for cell in first[0].split("|")[1:3]] == ["benchmark", "problems"]
-    assert "100.0 (100.0-100.0)" in first[2]
-    assert len({len(line) for line in first[: len(BENCHMARKS) + 3]}) == 1
-
-
 def test_the_table_of_benchmarks(capsys):
     main(make_parser().parse_args(["--list"]))
     printed = capsys.readouterr().out
     for name, benchmark in BENCHMARKS.items():
         assert f"| {name} | " in printed
         assert benchmark.file in printed
-
-
-def test_progress_of_a_file_is_a_line_a_tenth(tmp_path):
-    with (tmp_path / "log").open("w") as log, Terminal("b", Console(file=log), None) as terminal:
-        for finished_responses in range(41):
-            terminal.show(finished_responses, 40)
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert lines == [f"b: {4 * tenth} of 40 responses" for tenth in range(11)]
 
 
 def test_meshes():

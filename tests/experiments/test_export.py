@@ -18,7 +18,7 @@ import pytest
 from safetensors import safe_open
 
 from attnrl_jax.models.config import ModelError
-from attnrl_jax.models.weights import SINGLE_FILE, load_params
+from attnrl_jax.models.weights import SINGLE_FILE, load_params, save_folder
 from attnrl_jax.tasks.tokenizer import load_tokenizer
 from attnrl_jax.training.checkpoint import Checkpointer, CheckpointError
 from attnrl_jax.training.loop import LoopState
@@ -199,6 +199,28 @@ def test_what_cannot_be_exported(trained, tmp_path):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(ModelError, match="exists and is not an empty folder"):
         export(trained[0], tmp_path)
+
+
+def test_the_present_folder_is_refused_before_the_work(tmp_path, monkeypatch):
+    """Regression: `--out=.` in an empty folder failed after the work: Invalid argument: '.'."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"^\. is the present folder"):
+        export(tmp_path / "no run at all", ".")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_that_do_not_fit_are_named(golden_model, tmp_path):
+    """Regression: parameters beyond float16 were written as infinite to a float16 folder."""
+    golden = golden_model("qwen2_tied")
+    source = tmp_path / "source"
+    save_folder(source, golden.params, golden.config, dtype="float16")
+    params = jax.tree.map(np.array, golden.params)
+    params["layers"]["mlp"]["up_proj"]["kernel"][1, 0, 0] = 7e4
+    run = fake_run(tmp_path / "run", golden, params)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight' .* float16: 70000 "):
+        export(run, tmp_path / "out", source=source)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_errors_of_the_command_are_one_line(tmp_path, capsys):

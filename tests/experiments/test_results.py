@@ -5,28 +5,30 @@ from __future__ import annotations
 import csv
 import json
 
-import numpy as np
 import pytest
 
+from experiments.curves import Point
 from experiments.results import (
     EXIT_CODE,
-    Point,
     Result,
-    interval,
+    groups,
     log_path,
-    mean_curve,
     read_result,
     write_results,
 )
 
 
 def write_run(folder, accuracies, tokens=100, warm_up=50):
-    """A run folder of a step per accuracy after the first; None is a step without evaluation."""
-    folder.mkdir(parents=True)
+    """A run folder of a step per accuracy after the first; None is a step without evaluation.
+
+    The run has ended after its last step.
+    """
+    (folder / "checkpoints" / str(len(accuracies) - 1)).mkdir(parents=True)
+    (folder / "curve.png").touch()
     (folder / "config.json").write_text("{}")
     lines = []
     for step, accuracy in enumerate(accuracies):
-        metrics = {"step": step, "seconds/warm_up": 2.0}
+        metrics = {"step": step, "tokens/sampled_total": warm_up, "seconds/warm_up": 2.0}
         if step:
             metrics = {
                 "step": step,
@@ -100,40 +102,80 @@ def test_a_run_that_failed_says_so_until_it_goes_on(tmp_path):
     assert read_result(folder, {}, 1, 0).state == "finished"
 
 
+def test_a_run_is_finished_when_it_has_ended(tmp_path):
+    """Bug: a run that was killed between the metrics of its last step and its checkpoint counted
+    as finished: it was never continued, and had no final checkpoint and no curve."""
+    folder = write_run(tmp_path / "run", [0.2, None, 0.6])
+
+    def state():
+        return read_result(folder, {}, 2, 0).state
+
+    assert state() == "finished"
+    checkpoints = folder / "checkpoints"
+    # What Orbax calls a checkpoint that it has not finished.
+    (checkpoints / "2").rename(checkpoints / "2.orbax-checkpoint-tmp")
+    assert state() == "unfinished"
+    (checkpoints / "2.orbax-checkpoint-tmp").rename(checkpoints / "2")
+    (folder / "curve.png").unlink()
+    assert state() == "unfinished"
+    (folder / "curve.png").touch()
+    # Who makes room on the disk must not lose the run.
+    (checkpoints / "2").rmdir()
+    assert state() == "unfinished"
+    checkpoints.rmdir()
+    assert state() == "finished"
+
+
+def test_longer_runs_are_cut_where_the_sweep_ends_now(tmp_path):
+    """Bug: after `steps` was lowered, runs of the old and the new length were in one mean."""
+    long = write_run(tmp_path / "long", [0.2, 0.4, 0.8, 0.9])
+    short = write_run(tmp_path / "short", [0.3, 0.6])
+    both = [read_result(long, {"seed": 0}, 1, 0), read_result(short, {"seed": 1}, 1, 0)]
+    assert [(r.state, r.steps, r.sampled_tokens, r.seconds) for r in both] == [
+        ("finished", 1, 150, 14.0), ("finished", 1, 150, 14.0),
+    ]  # fmt: skip
+    assert [p.accuracy for p in both[0].points] == [0.2, 0.4]
+    row = cells(write_results(tmp_path, "s", both).splitlines()[4])
+    assert row == [
+        "2", "0.250", "0.500", "0.400 to 0.600", "0.500", "1", "150", "7", "0.2",
+    ]  # fmt: skip
+    # By tokens: the first step that has sampled them is the last, 250 after step 2.
+    by_tokens = read_result(long, {}, 9, 151)
+    assert (by_tokens.state, by_tokens.steps, by_tokens.points[-1].accuracy) == ("finished", 2, 0.8)
+    assert read_result(long, {}, 1, 151).steps == 1
+    assert read_result(long, {}, 9, 50).steps == 0
+
+
+def test_a_cut_run_without_an_evaluation_at_its_new_end_is_marked(tmp_path):
+    """Bug: as above; where the sweep ends now, the longer run was not evaluated."""
+    long = write_run(tmp_path / "long", [0.2, 0.4, None, 0.9])
+    text = write_results(tmp_path, "s", [read_result(long, {"seed": 0}, 2, 0)])
+    assert cells(text.splitlines()[4])[:3] == ["1+", "0.200", "0.400"]
+    assert "+: a run of the line was longer than the sweep now says" in text
+    assert "*: " not in text
+    text = write_results(tmp_path, "s", [read_result(long, {"seed": 0}, 3, 0)])
+    assert "+: " not in text
+
+
+def test_groups_do_not_depend_on_the_order_of_settings():
+    """Bug: seeds of the same settings, named in another order, were two groups."""
+    first = Result("x", {"seed": 0, "a": 1, "b": 2}, "finished")
+    second = Result("y", {"b": 2, "a": 1, "seed": 1}, "finished")
+    third = Result("z", {"b": 1, "a": 2, "seed": 1}, "finished")
+    assert groups([first, third, second]) == [[first, second], [third]]
+
+
+def test_groups_differ_by_values_and_not_by_how_they_read():
+    """Bug: None and the text "None" were one group, as were texts with ", name=" in them."""
+    given = [{"a": None}, {"a": "None"}, {"a": "1, b=2"}, {"a": "1", "b": "2"}]
+    assert len(groups([Result("x", overrides, "finished") for overrides in given])) == 4
+
+
 def test_half_a_line_is_not_read(tmp_path):
     folder = write_run(tmp_path / "run", [0.2, 0.3])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "held_out/accu')
     assert read_result(folder, {}, 2, 0).steps == 1
-
-
-def test_intervals():
-    few = np.array([[0.5, 0.1], [0.7, 0.3], [0.6, 0.2]])
-    low, high = interval(few)
-    np.testing.assert_array_equal(low, [0.5, 0.1])
-    np.testing.assert_array_equal(high, [0.7, 0.3])
-    # Many normal draws: the bootstrap's interval is the textbook's, mean +- 1.96 s / sqrt(n).
-    many = np.random.default_rng(3).normal(0.6, 0.05, size=(200, 1))
-    low, high = interval(many)
-    half = 1.96 * many.std() / np.sqrt(200)
-    np.testing.assert_allclose(low, many.mean() - half, atol=0.1 * half)
-    np.testing.assert_allclose(high, many.mean() + half, atol=0.1 * half)
-    assert interval(np.full(5, 0.25)) == (0.25, 0.25)
-
-
-def test_a_mean_curve_is_of_where_all_runs_were():
-    runs = [
-        result("finished", (0, 0, 0.2), (2, 100, 0.4), (4, 200, 0.8)),
-        result("finished", (0, 50, 0.4), (2, 150, 0.8), (3, 180, 0.7)),
-    ]
-    places, accuracy = mean_curve(runs, "step")
-    assert places.tolist() == [0, 2, 3]
-    np.testing.assert_allclose(accuracy, [[0.2, 0.4, 0.6], [0.4, 0.8, 0.7]])
-    places, accuracy = mean_curve(runs, "sampled_tokens")
-    assert places.tolist() == [50, 100, 150, 180]
-    np.testing.assert_allclose(accuracy, [[0.3, 0.4, 0.6, 0.72], [0.4, 0.6, 0.8, 0.7]])
-    apart = [result("finished", (0, 0, 0.2)), result("finished", (0, 50, 0.4))]
-    assert mean_curve(apart, "sampled_tokens") is None
 
 
 def cells(line):
@@ -192,6 +234,55 @@ def test_a_row_for_every_run(tmp_path):
     assert first["overrides"] == {"a": [1, 2], "seed": 0}
     assert first["held_out"][1] == [4, 0.8, 100, 0, 60.0]
     assert second["last_accuracy"] is None
+
+
+def test_texts_with_dollars_are_drawn_as_they_are(tmp_path, monkeypatch):
+    r"""Bug: `$\boxed{}$` in a setting is no mathtext: the sweep ended without results.md."""
+    values = [r"Put it in $\boxed{}$.", "$x_1$", "two\nlines"]
+    results = [
+        result("finished", (0, 0, 0.2), (4, 100, 0.8), **{"prompt.instruction": value})
+        for value in values
+    ]
+    import matplotlib.figure as figures
+
+    saved = figures.Figure.savefig
+    drawn = []
+
+    def save(figure, *arguments, **options):
+        drawn.extend(figure.legends[0].get_texts())
+        saved(figure, *arguments, **options)
+
+    monkeypatch.setattr(figures.Figure, "savefig", save)
+    text = write_results(tmp_path, "a $x_1$", results)
+    assert "Curves: curves.png" in text
+    assert [written.get_text() for written in drawn] == [
+        r"instruction=Put it in $\boxed{}$. (1)", "instruction=$x_1$ (1)",
+        r"instruction=two\nlines (1)",
+    ]  # fmt: skip
+    assert not any(written.get_parse_math() for written in drawn)
+    # Another bug: the line break went on in the table.
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 5
+    assert len({len(line) for line in table}) == 1
+
+
+def test_a_picture_that_fails_costs_the_picture_alone(tmp_path, monkeypatch):
+    """Bug: results.md was written after the curves, and not at all where these failed."""
+    results = [result("finished", (0, 0, 0.2), (4, 100, 0.8), seed=0)]
+    write_results(tmp_path, "s", results)
+    assert (tmp_path / "curves.png").exists()
+    import matplotlib
+
+    # Not installed here, or not found: the same for all that may go wrong in drawing.
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    text = write_results(tmp_path, "s", results)
+    assert text == (tmp_path / "results.md").read_text()
+    assert "| 0.200 | 0.800 |" in text
+    assert "\nNo curves: " in text
+    # The one that is there would be of other results.
+    assert not (tmp_path / "curves.png").exists()
+    assert (tmp_path / "results.csv").exists()
 
 
 def test_nothing_to_draw_leaves_no_picture(tmp_path):

@@ -217,6 +217,13 @@ def test_a_model_folder_and_a_file_of_problems(tmp_path):
     assert history[1]["problems/skipped_prompts_total"] == 0
     assert history[1]["tokens/sampled"] > 0
 
+    # Its checkpoint holds responses to these problems: other problems are another run.
+    path.write_text(path.read_text().replace("What is", "How much is"))
+    config = hf_config(train=str(path))
+    config.steps = 2
+    with pytest.raises(FolderError, match=r"the problems .* have changed since the run began"):
+        execute(config, tmp_path / "run")
+
 
 def test_gsm8k(tmp_path):
     if not GSM8K.exists():
@@ -310,7 +317,9 @@ def test_the_command(tmp_path):
 def test_the_readmes_command_for_other_models(tmp_path):
     """As printed, with a folder and a file put in."""
     text = (ROOT / "README.md").read_text()
-    [printed] = re.findall(r"\.venv/bin/python -m experiments\.run (--config=[^`]*?)\n```", text)
+    printed = re.search(
+        r"experiments\.run (--config=experiments.configs.attnrl_hf[^`]*?)\n```", text
+    )[1]
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(f'{{"problem": "p{i}", "answer": "{i}"}}\n' for i in range(50)))
     words = shlex.split(printed.replace("\\\n", " "))
@@ -331,6 +340,8 @@ def test_the_readmes_command_for_other_models(tmp_path):
         ("--config.stepz=3", "stepz"),
         ("--config.steps=many", "steps"),
         ("--config=/nowhere.py", "/nowhere.py"),
+        ("--config=experiments/configs/r1_distill_qwen_1p5b.py:ppo", "error: the paper compares"),
+        ("--config=experiments/configs/paper.py", "error: the file of --config has no get_config"),
         ("--config={}/broken.py", "no_such_module"),
         ("--config={}/empty.py", "get_config"),
         ("unexpected", "unexpected"),
@@ -340,7 +351,7 @@ def test_errors_are_a_line_and_not_a_traceback(tmp_path, argument, message):
     (tmp_path / "broken.py").write_text("import no_such_module")
     (tmp_path / "empty.py").write_text("")
     done = command(argument.format(tmp_path))
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 

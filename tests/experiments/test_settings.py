@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.configs import attnrl_graph, attnrl_hf
 from experiments.settings import METHODS, SettingError, build, default_config
 
 
@@ -17,11 +16,6 @@ def test_defaults_are_the_papers():
     assert train.loss.kl_beta == 1e-3
     assert train.optimizer.learning_rate == 1e-6
     assert train.rows_per_problem == 30
-
-
-@pytest.mark.parametrize("config", [attnrl_graph, attnrl_hf])
-def test_config_files_build(config):
-    assert build(config.get_config()).method == "attnrl"
 
 
 @pytest.mark.parametrize(

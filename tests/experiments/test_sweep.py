@@ -1,8 +1,9 @@
-"""Sweeps: from a file to runs, and what becomes of them."""
+"""What becomes of the runs of a sweep."""
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -11,185 +12,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from experiments.plan import SweepError, check_folders, load_sweep, plan, run_name
+from experiments.plan import SweepError, load_sweep, plan
 from experiments.reporting import read_metrics
-from experiments.results import log_path
-from experiments.sweep import main
-from experiments.sweeps import learning_rate, methods
+from experiments.results import EXIT_CODE, log_path
+from experiments.sweep import _reason, in_use, main
+from experiments.sweep import execute as executed
+from tests.experiments.test_plan import planned, sweep_file
 from tests.experiments.test_results import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def sweep_file(folder, entries, common=None, config="experiments/configs/attnrl_graph.py"):
-    path = folder / "mine.py"
-    path.write_text(
-        "from math import inf\n"
-        f"CONFIG = {config!r}\n"
-        f"COMMON = {common or {}!r}\n"
-        "def get_sweep():\n"
-        f"    yield from {entries!r}\n"
-    )
-    return path
-
-
-def planned(folder, entries, common=None, **more):
-    return plan(load_sweep(sweep_file(folder, entries, common, **more)), folder / "runs")
-
-
-def test_overrides_become_configurations(tmp_path):
-    entries = [{"method": "grpo", "seed": 1}, {"optimizer.learning_rate": 1, "seed": 0}]
-    first, second = planned(tmp_path, entries, {"steps": 7})
-    assert (first.config.method, first.config.seed, first.config.steps) == ("grpo", 1, 7)
-    assert first.overrides == entries[0]
-    assert first.folder == tmp_path / "runs" / "method=grpo,seed=1"
-    assert second.config.method == "attnrl"
-    assert second.config.optimizer.learning_rate == 1.0
-    assert first.command[1:3] == ["-m", "experiments.run"]
-    assert first.command[-1] == f"--workdir={first.folder}"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("batch_size.bounds", (0.25, 2.5)),
-        ("batch_size.bounds", [0.25, 2.5]),
-        ("batch_size.adaptive", False),
-        ("permute_advantages", True),
-        ("optimizer.learning_rate", 1.2345678901234567e-05),
-        ("optimizer.max_grad_norm", float("inf")),
-        ("max_sampled_tokens", 10**12),
-        ("branching.rule", None),
-        ("branching.rule", "random"),
-        ("expansion.filter_easy", False),
-        ("prompt.instruction", ""),
-        ("prompt.instruction", "None"),
-        ("prompt.instruction", '  it\'s "so": a=b, $HOME \\n\n(1, 2) --x [ü] '),
-    ],
-)
-def test_values_survive_the_command_line(tmp_path, name, value):
-    [run] = planned(tmp_path, [{name: value}])
-    section, _, leaf = name.rpartition(".")
-    found = (run.config[section] if section else run.config)[leaf]
-    expected = tuple(value) if isinstance(value, list) else value
-    assert found == expected
-    assert type(found) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ([{}, {"stepz": 3}], "run 2 (stepz=3): unknown setting stepz; known: "),
-        ([{"optimizer.rate": 1.0}], "run 1 (optimizer.rate=1.0): unknown setting optimizer.rate; "
-         "known: optimizer.b1, optimizer.b2"),
-        ([{"steps.x": 1}], "unknown setting steps.x; known: advantage_norm, batch"),
-        ([{"seed": 0}, {"method": "ppo"}], "run 2 (method='ppo'): method must be one of attnrl"),
-        ([{"method": "grpo", "branching.rule": "fci"}],
-         "run 1 (method='grpo' branching.rule='fci'): branching.rule is 'fci', but method grpo"),
-        ([{"steps": 1.5}], "run 1 (steps=1.5): steps must be int; got 1.5"),
-        ([{"steps": "many"}], "steps must be int; got 'many'"),
-        ([{"num_problems": 0}], "num_problems must be >= 1"),
-        ([{"branching": {"rule": "fci"}}], "branching is a group of settings, override each"),
-        ([{"sampler.cache_length": None}], "sampler.cache_length=None cannot be given on a command "
-         "line (it would be 256); set it in a configuration file"),
-        ([{"prompt.instruction": "a\0b"}], "prompt.instruction has a zero byte, which no command"),
-        ([{"seed": 1}, {"seed": 2}, {"seed": 1}], "run 3 (seed=1) is the same run as run 1"),
-        # The default of a setting, and the same number as an integer.
-        ([{}, {"seed": 0}], "run 2 (seed=0) is the same run as run 1"),
-        ([{"temperature": 1}, {"temperature": 1.0}], "is the same run as run 1"),
-        ([{"eval_every": 3, "steps": 2}], "run 1 (eval_every=3 steps=2): steps is also in COMMON"),
-        ([3], "run 1 must be a dict from settings to values; got 3"),
-        ([], "get_sweep() yields no runs"),
-    ],
-)  # fmt: skip
-def test_bad_sweeps_are_refused_before_anything_runs(tmp_path, entries, message):
-    common = {"steps": 4} if "COMMON" in message else None
-    with pytest.raises(SweepError, match=re.escape(message)):
-        planned(tmp_path, entries, common)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def get_sweep():\n    yield {}", "has no attribute 'CONFIG'"),
-        ("CONFIG = 'x.py'", "has no attribute 'get_sweep'"),
-        ("CONFIG = 'x.py'\ndef get_sweep():\n    yield {}", f"no file at {ROOT / 'x.py'}"),
-        ("CONFIG = 3\ndef get_sweep():\n    yield {}", "CONFIG must be a path; got 3"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("CONFIG = (", "SyntaxError"),
-    ],
-)
-def test_files_that_are_no_sweep_are_refused(tmp_path, text, message):
-    path = tmp_path / "broken.py"
-    path.write_text(text)
-    with pytest.raises(SweepError, match=re.escape(message)):
-        load_sweep(path)
-    with pytest.raises(SweepError, match="no sweep file at"):
-        load_sweep(tmp_path / "missing.py")
-
-
-def test_a_configuration_file_may_be_anywhere_and_take_an_argument(tmp_path):
-    (tmp_path / "config.py").write_text(
-        "from experiments.settings import default_config\n"
-        "def get_config(method):\n"
-        "    config = default_config()\n"
-        "    config.method = method\n"
-        "    return config\n"
-    )
-    [run] = planned(tmp_path, [{"seed": 3}], config=f"{tmp_path}/config.py:treerl")
-    assert run.config.method == "treerl"
-    assert run.arguments[0].endswith("config.py:treerl")
-
-
-def test_names_are_readable_safe_and_depend_on_the_run_alone():
-    assert run_name({"seed": 1, "optimizer.learning_rate": 3e-05, "method": "grpo"}) == (
-        "method=grpo,optimizer.learning_rate=3e-05,seed=1"
-    )
-    assert run_name({"method": "grpo", "seed": 1}) == run_name({"seed": 1, "method": "grpo"})
-    assert run_name({"batch_size.bounds": (0.5, 2.0)}) == "batch_size.bounds=0.5_2.0"
-    assert run_name({}) == "default"
-    odd = ["a/b", "a b", "a,b", "a\nb", "../x", "", "é", "x" * 300, "x" * 301]
-    names = [run_name({"prompt.instruction": value}) for value in odd]
-    assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[\w.=,+-]{1,200}", name, re.ASCII) for name in names)
-    long = [run_name({f"setting_{i}": i for i in range(60)} | {"seed": s}) for s in range(3)]
-    assert len(set(long)) == 3
-    assert all(len(name) < 200 for name in long)
-
-
-def test_folders_of_another_sweep_are_refused(tmp_path):
-    [run] = planned(tmp_path, [{"seed": 1}])
-    run.folder.mkdir(parents=True)
-    path = run.folder / "config.json"
-    path.write_text(run.config.to_json_best_effort())
-    check_folders([run])
-    # More steps may be given to a run.
-    check_folders(planned(tmp_path, [{"seed": 1}], {"steps": 99, "max_sampled_tokens": 7}))
-    changed = planned(tmp_path, [{"seed": 1}], {"optimizer.b1": 0.5, "num_problems": 3})
-    with pytest.raises(SweepError, match=r"another run; num_problems: 24 there, 3 here; optim"):
-        check_folders(changed)
-    path.write_text("{")
-    with pytest.raises(SweepError, match=r"config\.json is not valid JSON"):
-        check_folders([run])
-
-
-def test_the_projects_sweeps():
-    runs = plan(load_sweep(Path(methods.__file__)), Path("runs"))
-    assert [run.folder.name for run in runs[:5]] == [
-        "method=attnrl,seed=0", "method=treerl,seed=0", "method=random,seed=0",
-        "method=grpo,seed=0", "method=attnrl,seed=1",
-    ]  # fmt: skip
-    assert len(runs) == 20
-    # Equal cost, and equal in all but the method and the seed.
-    assert {run.config.max_sampled_tokens for run in runs} == {400_000}
-    rest = [json.loads(run.config.to_json()) | {"method": "", "seed": 0} for run in runs]
-    assert all(values == rest[0] for values in rest)
-    assert len(plan(load_sweep(Path(learning_rate.__file__)), Path("runs"))) == 16
 
 
 def environment(**more):
@@ -287,6 +123,83 @@ def test_a_changed_sweep_does_not_skip_what_has_finished_before(tmp_path, capsys
     with pytest.raises(SweepError, match="another run; num_problems: 24 there, 3 here"):
         execute(capsys, config=path, workdir=tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_the_reason_of_a_failure_is_of_the_last_attempt(tmp_path):
+    """Bug: a run that was killed was said to have failed as it had in an attempt before."""
+    [run] = planned(tmp_path, [{"seed": 0}])
+    run.folder.parent.mkdir(parents=True)
+    log = log_path(run.folder)
+    before = "$ python -m experiments.run\nerror: no model at /nowhere\n[sweep] exit code 2\n"
+    for output, reason in (("step\nKilled\n", "Killed"), ("", "no output"),
+                           ("error: a\nb\n", "error: a")):  # fmt: skip
+        log.write_text(before + "$ python\n" + output + EXIT_CODE.format(-9) + "\n")
+        assert _reason(run, -9) == f"killed by signal 9; {reason} ({log})"
+
+
+def test_values_with_line_breaks_are_not_printed(tmp_path, capsys):
+    """Bug: a command of two lines, where job N of an array reads line N."""
+    path = sweep_file(tmp_path, [{"seed": 0}, {"prompt.instruction": "a\nb"}])
+    given = {"config": path, "workdir": tmp_path / "out", "print": True}
+    with pytest.raises(SweepError, match=r"run 2 .*line break.*; --index=2 runs it"):
+        execute(capsys, **given)
+    assert capsys.readouterr().out == ""
+    code, output, _ = execute(capsys, **given, index=1)
+    assert (code, output.count("\n")) == (0, 1)
+
+
+@contextmanager
+def lock(folder):
+    """Holds a folder as another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, capsys):
+    """Bug: two sweeps of one folder ran the same runs, and each called the other's failed."""
+    path = sweep_file(tmp_path, [{"seed": 0}], {"steps": 2})
+    workdir = tmp_path / "out"
+    [run] = plan(load_sweep(path), workdir)
+    as_finished(run, [0.25, None, 0.75])
+    given = {"config": path, "workdir": workdir}
+    with lock(workdir):
+        with pytest.raises(SweepError, match=f"another sweep is going on in {workdir}; --gather"):
+            execute(capsys, **given)
+        assert not (workdir / "results.md").exists()
+        for more in ({"index": 1}, {"gather": True}, {"print": True}):
+            assert execute(capsys, **given, **more)[0] == 0
+    code, output, _ = execute(capsys, **given)
+    assert code == 0
+    assert "1/1 seed=0  finished  0.250 -> 0.750  skipped" in output
+
+
+def test_a_run_in_another_process_is_left_to_it(tmp_path, capsys, monkeypatch):
+    """Bug: a run that had outlived its sweep was said to have failed, in its own log as well."""
+    monkeypatch.chdir(ROOT)
+    path = sweep_file(tmp_path, [{"seed": 0}, {"model.path": "/nowhere"}], {"steps": 2})
+    given = {"config": path, "workdir": tmp_path / "out"}
+    run, _ = plan(load_sweep(path), given["workdir"])
+    write_run(run.folder, [0.25, 0.5])
+    (run.folder / "config.json").write_text(run.config.to_json_best_effort())
+    log_path(run.folder).write_text("$ python\nas before\n")
+    with lock(run.folder):
+        code, output, errors = execute(capsys, **given)
+        assert (code, errors) == (1, "error: 1 of 2 runs failed\n")
+        lines = output.splitlines()
+        assert lines[0] == "1/2 seed=0  running  0.250 -> 0.500  in another process"
+        assert lines[1].startswith("2/2 model.path=-nowhere")
+        states = [row["state"] for row in json.loads((tmp_path / "out/results.json").read_text())]
+        assert states == ["running", "failed"]
+        assert execute(capsys, **given, index=1)[:2] == (0, lines[0] + "\n")
+        # Claimed after the sweep had looked: its own process found the folder in use.
+        assert executed(run) == 2
+        text = log_path(run.folder).read_text()
+        assert "is in use by another process" in text
+        assert EXIT_CODE.format(2) not in text
+    # Free again: the sweep looks without leaving a lock of its own.
+    assert not in_use(run.folder)
 
 
 @pytest.mark.slow

@@ -234,3 +234,46 @@ def test_nothing_imports_torch():
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not any(name.split(".")[0] == "torch" for name in names), path
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("like_a_source", [False, True])
+def test_values_that_would_become_infinite_are_refused(
+    tmp_path, golden_model, dtype, like_a_source
+):
+    """Regression: 7e4 became infinite in a float16 file, and nothing was said."""
+    golden = golden_model("qwen2_tied")
+    source = None
+    if like_a_source:
+        source = tmp_path / "source"
+        save_folder(source, golden.params, golden.config, dtype=dtype)
+    params = jax.tree.map(np.array, golden.params)
+    largest = float(ml_dtypes.finfo(STORED[dtype]).max)
+    params["norm"]["scale"][:2] = [largest, np.inf]
+    out = tmp_path / "out"
+    # The largest value fits, and what was infinite stays so.
+    save_folder(out, params, golden.config, source=source, dtype=dtype)
+    loaded = load_params(out, golden.config)["norm"]["scale"]
+    np.testing.assert_array_equal(loaded[:2], params["norm"]["scale"][:2])
+    shutil.rmtree(out)
+    there = sorted(tmp_path.iterdir())
+    params["norm"]["scale"][3] = largest * 1.003
+    with pytest.raises(
+        ModelError, match=rf"'model\.norm\.weight' does not fit {dtype}: .* \(1 of \d+ values\)"
+    ):
+        save_folder(out, params, golden.config, source=source, dtype=dtype)
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_folders_that_cannot_be_replaced_are_refused(tmp_path, golden_model, monkeypatch):
+    """Regression: an empty present folder, or a link to one, was an error after the work."""
+    golden = golden_model("qwen2_tied")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(empty)
+    for out in (".", empty, tmp_path / "link", tmp_path / "dangling"):
+        with pytest.raises(ModelError, match=rf"^{out} is the present folder, a link or a mount"):
+            save_folder(out, golden.params, golden.config)
+    assert list(empty.iterdir()) == []
