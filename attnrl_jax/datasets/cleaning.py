@@ -18,8 +18,10 @@ from attnrl_jax.tasks.problems import Problem
 # Every fault with its words in a report. A row that shows several is removed for the first of
 # them; duplicates come last, so that a faulty first copy does not cost a good second one.
 FAULTS = {
+    "empty_problems": "no text",
     "empty_answers": "no answer",
     "corrupted_numbers": "integer answer that went through a float",
+    "placeholder_answers": "answer that may stand for none (-1, n/a, ...)",
     "conflicting_answers": "copies of the text have different answers",
     "non_latin": "text in a script other than Latin and Greek",
     "empty_prompts": "empty prompt",
@@ -34,6 +36,11 @@ _NON_LATIN = re.compile(
 )
 _INTEGER = re.compile(r"[-+]?(\d{16,300}|\d{1,3}(?:,\d{3}){5,99})(?:\.0*)?", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(\d(?:\.\d+)?)e\+?(\d{1,3})", re.ASCII | re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"[-−]1(?:\.0*)?|none|null|nan|n\.?/?a\.?|unknown|unsolved|tbd|todo|[?？]+|[-–—]+",
+    re.IGNORECASE,
+)
+_TEXT_COMMAND = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{([^{}]*)\}")
 _SMALL_PRIMES = [p for p in range(2, 100) if all(p % divisor for divisor in range(2, p))]
 
 
@@ -47,13 +54,16 @@ class CleaningConfig:
       conflicting_answers: all rows of a text of which two answers cannot be shown equal by exact
         reading (`1/2` and `\\frac12` can). Which of them is right is not known, and a reward for a
         wrong answer costs more than a problem. Answers that are empty or went through a float are
-        no evidence against the others.
+        no evidence against the others, nor are placeholders where these are removed.
       empty_answers: rows of which no gold has any text.
       corrupted_numbers: rows with a gold that went through a float (`went_through_float`).
       non_latin: rows with text in a script other than Latin and Greek. They are good data for a
         model that reads them.
+      empty_problems: rows whose text is blank.
+      placeholder_answers: rows of which every gold that has text may stand for "no answer"
+        (`is_placeholder`). They are kept by default, since -1 can be right.
       overlap: a row that holds at least this share of the n-grams of one benchmark problem is
-        removed; in [0, 1], 0 switches the check off.
+        removed, as is one that equals a benchmark problem; in [0, 1], 0: equal texts alone.
       ngram: words of an n-gram, at least 1.
 
     Raises:
@@ -65,6 +75,8 @@ class CleaningConfig:
     empty_answers: bool = True
     corrupted_numbers: bool = True
     non_latin: bool = False
+    empty_problems: bool = True
+    placeholder_answers: bool = False
     overlap: float = 0.8
     ngram: int = 6
 
@@ -178,10 +190,14 @@ def clean(
     keys = [same_text_key(problem.text) for problem in problems]
     empty = {i for i, row in enumerate(problems) if not any(map(str.strip, row.answers))}
     corrupted = {i for i, row in enumerate(problems) if any(map(went_through_float, row.answers))}
+    placeholders = {i for i, row in enumerate(problems) if _is_placeholder_row(row)}
+    no_evidence = empty | corrupted | (placeholders if config.placeholder_answers else set())
     rows = {
+        "empty_problems": {i for i, row in enumerate(problems) if not row.text.strip()},
         "empty_answers": empty,
         "corrupted_numbers": corrupted,
-        "conflicting_answers": _conflicting(problems, keys, empty | corrupted),
+        "placeholder_answers": placeholders,
+        "conflicting_answers": _conflicting(problems, keys, no_evidence),
         "non_latin": {i for i, row in enumerate(problems) if _NON_LATIN.search(row.text)},
     }
     removing = {fault for fault in rows if getattr(config, fault)}
@@ -193,12 +209,13 @@ def clean(
         }
         removing |= {"empty_prompts", "long_prompts"}
     counts = {}
-    if benchmarks and config.overlap:
+    if benchmarks:
         overlap = find_overlap(
             [problem.text for problem in problems],
             {name: [problem.text for problem in them] for name, them in benchmarks.items()},
             config.ngram,
             config.overlap,
+            keys,
         )
         counts = {
             name: BenchmarkOverlap(len(them), len(overlap.problems[name]), len(overlap.texts[name]))
@@ -257,6 +274,21 @@ def _agree(answers: tuple[str, ...], others: tuple[str, ...]) -> bool:
     return any(
         exact_verdict(gold_text(one), gold_text(other)) for one in answers for other in others
     )
+
+
+def _is_placeholder_row(problem: Problem) -> bool:
+    golds = [gold for gold in problem.answers if gold.strip()]
+    return bool(golds) and all(map(is_placeholder, golds))
+
+
+def is_placeholder(gold: str) -> bool:
+    r"""Whether an answer may stand for "no answer": -1, none, n/a, ?, unknown and their like.
+
+    Collections mark problems without a known answer so. It cannot be told from an answer that is
+    right: -1 and `\text{none}` are also what some problems ask for.
+    """
+    text = _TEXT_COMMAND.sub(r"\1", gold_text(gold)).strip().strip("$").strip()
+    return _PLACEHOLDER.fullmatch(text) is not None
 
 
 def went_through_float(gold: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,11 +48,14 @@ def read_problems(path: str | Path, fields: FieldNames = USUAL_FIELDS) -> list[P
     rows) or `.parquet`.
 
     The problem is a text, or a list of chat messages, whose last message of the user is taken. The
-    answer is a string or a number, or a non-empty list of them (any of them is right); of a
-    worked answer that closes with `#### 72`, as GSM8K's do, it is what follows the last `####`. A
-    float that is an integer below 2**53 is written without `.0`. `id` (default: file name and row)
-    and `level` are optional, other fields are ignored, as are empty lines. Among the usual names a
-    field that is null counts as absent.
+    answer is a string or a number, or a list of them (any of them is right); of a worked answer
+    that closes with `#### 72`, as GSM8K's do, it is what follows the last `####`. A float that is
+    an integer below 2**53 is written without `.0`. `id` (default: file name and row) and `level`
+    (a string or a number, else None) are optional, other fields are ignored, as are empty lines.
+
+    Rows without a problem or an answer are read, for cleaning to count: null, "" and [] become the
+    text "" or the one gold "". Among the usual names a field that has a value comes before one
+    that has none.
 
     Raises:
       DataError: another suffix, a missing or unreadable file, a broken row or a missing field
@@ -163,28 +165,25 @@ def _parquet_rows(path: Path, fields: FieldNames) -> Iterator[_Row]:
 
 def _read_row(row: _Row, fields: FieldNames) -> Problem:
     field, problem = _find(row, fields.problem, PROBLEM_FIELDS)
-    text = _last_user_message(problem) if isinstance(problem, list) else problem
-    if not isinstance(text, str) or not text.strip():
+    if _is_empty(problem):
+        text: Any = ""
+    else:
+        text = _last_user_message(problem) if isinstance(problem, list) else problem
+    if not isinstance(text, str):
         raise DataError(
-            f"{row.place}: field '{field}' must be a non-empty string, or a list of chat "
-            f"messages with one of the user, got {problem!r}"
+            f"{row.place}: field '{field}' must be a string, or a list of chat messages with one "
+            f"of the user, got {problem!r}"
         )
     field, found = _find(row, fields.answer, ANSWER_FIELDS)
-    if isinstance(found, list) and not found:
-        raise DataError(f"{row.place}: field '{field}' must be a non-empty list, got []")
     golds = found if isinstance(found, list) else [found]
+    golds = [gold for gold in golds if gold is not None] or [""]
     answers = tuple(_read_answer(gold, row.place, field) for gold in golds)
     given = row.values.get("id")
     name = row.default_id if given is None else str(given)
     for value in (name, text, *answers):
         if not _is_unicode(value):
             raise DataError(f"{row.place}: half a surrogate pair in {value!r}, which is no text")
-    level = row.values.get("level")
-    if isinstance(level, float) and level.is_integer():
-        level = int(level)
-    if isinstance(level, bool) or not isinstance(level, str | int | None):
-        raise DataError(f"{row.place}: field 'level' must be a string or an integer, got {level!r}")
-    return Problem(name, text, answers, level)
+    return Problem(name, text, answers, _read_level(row.values.get("level")))
 
 
 def problem_from_row(
@@ -211,7 +210,14 @@ def _find(row: _Row, given: str, usual: Sequence[str]) -> tuple[str, Any]:
     if not present:
         missing = given or " or ".join(usual)
         raise DataError(f"{row.place}: no field {missing} (fields: {list(row.names)})")
-    return next((pair for pair in present if pair[1] is not None), present[0])
+    return next((pair for pair in present if not _is_empty(pair[1])), present[0])
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field holds nothing: null, blank text, a list of such."""
+    if isinstance(value, list):
+        return all(map(_is_empty, value))
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _lookup(values: Mapping[str, Any], name: str) -> Any:
@@ -223,17 +229,20 @@ def _lookup(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _last_user_message(messages: list[Any]) -> Any:
+    """Its content; None if no message is the user's."""
     contents = [
-        message.get("content")
+        "" if message["content"] is None else message["content"]
         for message in messages
-        if isinstance(message, Mapping) and message.get("role") == "user"
+        if isinstance(message, Mapping) and message.get("role") == "user" and "content" in message
     ]
     return contents[-1] if contents else None
 
 
 def _read_answer(answer: Any, place: str, field: str) -> str:
     is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
-    if is_number and not math.isfinite(answer):
+    # An integer may be too large for isfinite.
+    is_fraction = isinstance(answer, float | Decimal)
+    if is_fraction and not Decimal(answer).is_finite():
         raise DataError(f"{place}: field '{field}' must be finite, got {answer!r}")
     if not is_number and not isinstance(answer, str):
         raise DataError(f"{place}: field '{field}' must hold strings or numbers, got {answer!r}")
@@ -242,6 +251,14 @@ def _read_answer(answer: Any, place: str, field: str) -> str:
     if isinstance(answer, str) and "####" in answer:
         return answer.rpartition("####")[2].strip()
     return str(answer)
+
+
+def _read_level(level: Any) -> str | int | None:
+    if isinstance(level, float) and level.is_integer():
+        return int(level)
+    if isinstance(level, float | Decimal):
+        return str(level) if Decimal(level).is_finite() else None
+    return level if isinstance(level, str | int) and not isinstance(level, bool) else None
 
 
 def _is_unicode(text: str) -> bool:

@@ -17,7 +17,7 @@ from attnrl_jax.tasks.problems import DataError, Problem
 
 # Of the records and the metadata, and of what cleaning and splitting mean: data prepared by a
 # program with another number are another version, and are not read.
-FORMAT = 1
+FORMAT = 2
 METADATA_FILE = "metadata.json"
 _INFO_FILES = ("dataset_info.json", "features.json", METADATA_FILE)
 # tensorflow-datasets writes to a folder of this prefix and renames it when all is written.

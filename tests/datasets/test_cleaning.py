@@ -1,5 +1,6 @@
 """Cleaning: every fault by hand, what holds for any rows, and the real files."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -22,7 +23,15 @@ from attnrl_jax.tasks.problems import Problem
 ROOT = Path(__file__).parents[2]
 FAULTS = ROOT / "tests" / "data" / "problems" / "faults.jsonl"
 SHARED = ROOT.parent / "shared" / "data"
-FLAGS = ("duplicates", "conflicting_answers", "empty_answers", "corrupted_numbers", "non_latin")
+FLAGS = (
+    "duplicates",
+    "conflicting_answers",
+    "empty_problems",
+    "empty_answers",
+    "corrupted_numbers",
+    "placeholder_answers",
+    "non_latin",
+)
 KEEP_ALL = CleaningConfig(**dict.fromkeys(FLAGS, False), overlap=0)
 BENCHMARKS = {
     "hens": [
@@ -51,16 +60,20 @@ def test_every_fault_of_a_small_file():
     assert [problem.id for problem in kept] == names
     assert (report.read, report.kept) == (15, 7)
     assert report.found == {
+        "empty_problems": 0,
         "empty_answers": 2,
         "corrupted_numbers": 1,
+        "placeholder_answers": 2,
         "conflicting_answers": 3,
         "non_latin": 1,
         "overlap": 1,
         "duplicates": 6,
     }
     assert report.removed == {
+        "empty_problems": 0,
         "empty_answers": 2,
         "corrupted_numbers": 1,
+        "placeholder_answers": 0,
         "conflicting_answers": 2,
         "non_latin": 0,
         "overlap": 1,
@@ -80,7 +93,7 @@ def test_every_setting_removes_its_fault_alone_and_counts_stay():
         config = CleaningConfig(**{**dict.fromkeys(FLAGS, False), flag: True}, overlap=0)
         kept, one = clean(problems, config)
         assert len(problems) - len(kept) == removed == one.removed[flag]
-        assert one.found == report.found
+        assert one.found | {"overlap": 0} == report.found
 
 
 @pytest.mark.parametrize(
@@ -112,6 +125,48 @@ def test_conflicting_answers_cost_every_copy(one, other):
 def test_conflicts_are_found_between_any_two_copies():
     """75 % equals both 75 and 3/4 by exact reading, which differ from each other."""
     assert kept_ids(rows(("p", "75\\%"), ("p", "75"), ("p", "\\frac34"))) == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "placeholder"),
+    [(gold, True) for gold in ("-1", "$-1$", "−1", "-1.0", "\\boxed{-1}", "None", "N/A", "n.a.")]
+    + [(gold, True) for gold in ("?", "Unknown", "\\text{none}", "NaN", "-", "null")]
+    + [(gold, False) for gold in ("1", "-10", "-11", "x-1", "", " ", "0", "unknown x", "n", "a")],
+)
+def test_placeholder_answers_are_counted(gold, placeholder):
+    """Bug: 103 of DAPO's 118 answers -1 stayed, with no setting and no count."""
+    problems = rows(("p", gold), ("q", "1"))
+    assert clean(problems, KEEP_ALL)[1].found["placeholder_answers"] == placeholder
+    assert clean(problems, KEEP_ALL)[1].kept == 2
+    removing = dataclasses.replace(KEEP_ALL, placeholder_answers=True)
+    assert kept_ids(problems, removing) == (["1"] if placeholder else ["0", "1"])
+
+
+def test_placeholder_among_other_golds_is_an_answer():
+    problems = rows(("p", ("2", "-1")), ("q", ("-1", "")), ("r", ("?", "-1")))
+    assert kept_ids(problems, CleaningConfig(placeholder_answers=True)) == ["0"]
+
+
+def test_placeholders_that_are_removed_are_no_evidence():
+    problems = rows(("p", "-1"), ("p", "4"), ("p", "4.0"))
+    assert kept_ids(problems) == []
+    assert kept_ids(problems, CleaningConfig(placeholder_answers=True)) == ["1"]
+
+
+def test_empty_problems():
+    problems = rows((" ", "1"), ("p", "1"), ("", "2"))
+    assert kept_ids(problems) == ["1"]
+    assert clean(problems, CleaningConfig())[1].removed["empty_problems"] == 2
+    assert kept_ids(problems, KEEP_ALL) == ["0", "1", "2"]
+
+
+def test_equal_texts_overlap_where_the_share_is_zero():
+    """Bug: overlap=0 let a benchmark's own problem stay."""
+    problems = rows(
+        ("A farmer has twelve hens, and buys seven more hens on Monday", "19"),
+        ("Anna: A farmer has twelve hens and buys seven more hens on Monday.", "19"),
+    )
+    assert [problem.id for problem in clean(problems, KEEP_ALL, BENCHMARKS)[0]] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +202,7 @@ def test_integers_that_went_through_a_float(gold):
         "",
         "x",
         "9" * 309,
+        "9" * 401,
         "9" * 5000,
         *map(str, (10**22, 2 * 10**22, 3**50, 2**53 + 1, 2**60, 2**100, 2**1000, 3 * 2**70, 6**30)),
         str(2**30 * (2**31 - 1)),
@@ -165,8 +221,8 @@ def test_random_integers_before_and_after_a_float():
 
 
 def test_prompts():
-    problems = rows(("aa", "1"), ("aaaa", "1"), ("", "1"), ("aaa", "1"))
-    limit = PromptLimit(lambda problem: len(problem.text), 3)
+    problems = rows(("aa", "1"), ("aaaa", "1"), ("-", "1"), ("aaa", "1"))
+    limit = PromptLimit(lambda problem: len(problem.text.strip("-")), 3)
     kept, report = clean(problems, CleaningConfig(), prompt_limit=limit)
     assert [problem.id for problem in kept] == ["0", "3"]
     assert report.removed["empty_prompts"] == report.removed["long_prompts"] == 1
@@ -243,11 +299,14 @@ def test_what_holds_for_any_rows(problems, benchmark, flags, overlap, limit):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="problem files are not here")
 def test_faults_of_the_real_files():
-    """The figures of the README beside the files, but for duplicates.
+    """The figures of the README beside the files, but for duplicates and one benchmark.
 
     It counts 2,323 groups with 2,563 extra rows and does not say how it compared; `same_text_key`
-    makes 2,415 groups. Of the 23 in conflict by plain comparison, which are the same number, 18
-    (44 rows) remain in conflict when 49 equals 049.
+    makes 2,435 groups. Of the 23 in conflict by plain comparison 18 (44 rows) remain in conflict
+    when 49 equals 049; one more pair is equal but for the space in `(1, 2)`.
+
+    It counts 46 problems of olympiad; six more differ from training rows in the space of `x y`,
+    which split words.
     """
     names = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")
     benchmarks = {name: read_problems(SHARED / "eval" / f"{name}.jsonl") for name in names}
@@ -255,14 +314,16 @@ def test_faults_of_the_real_files():
     kept, report = clean(problems, CleaningConfig(), benchmarks)
     assert report.read == 24_898
     assert report.found == {
+        "empty_problems": 0,
         "empty_answers": 2,
         "corrupted_numbers": 3,
-        "conflicting_answers": 44,
+        "placeholder_answers": 118,
+        "conflicting_answers": 46,
         "non_latin": 3282,
-        "overlap": 115,
-        "duplicates": 2672,
+        "overlap": 125,
+        "duplicates": 2699,
     }
-    assert [report.benchmarks[name].overlapping for name in names] == [0, 0, 18, 21, 0, 46]
-    assert report.kept == len(kept) == 22_095
+    assert [report.benchmarks[name].overlapping for name in names] == [0, 0, 18, 21, 0, 52]
+    assert report.kept == len(kept) == 22_059
     corrupted = [row.id for row in problems if any(map(went_through_float, row.answers))]
     assert corrupted == ["dapo_math-00994", "dapo_math-05053", "dapo_math-11693"]

@@ -49,19 +49,17 @@ def test_gzip_reads_the_same(tmp_path):
         ("[1, 2]", "not a JSON object but list"),
         ('{"answer": "1"}', "no field problem or question or prompt (fields: ['answer'])"),
         ('{"problem": "p"}', "no field answers or answer or final_answer or ground_truth"),
-        ('{"problem": " ", "answer": "1"}', "'problem' must be a non-empty string"),
-        ('{"problem": 3, "answer": "1"}', "'problem' must be a non-empty string"),
-        ('{"problem": "p", "answers": []}', "'answers' must be a non-empty list"),
+        ('{"problem": 3, "answer": "1"}', "'problem' must be a string"),
+        ('{"prompt": [{"role": "user"}], "answer": "1"}', "'prompt' must be a string"),
         ('{"problem": "p", "answers": {"a": 1}}', "'answers' must hold strings or numbers"),
-        ('{"problem": "p", "reward_model": {"ground_truth": null}}', "'reward_model.ground_truth'"),
         ('{"problem": "p", "reward_model": "5"}', "no field answers"),
-        ('{"prompt": [], "answer": "1"}', "'prompt' must be"),
         ('{"prompt": [{"role": "system", "content": "p"}], "answer": "1"}', "one of the user"),
         ('{"problem": "\\ud800", "answer": "1"}', "surrogate"),
-        ('{"problem": "p", "answer": null}', "'answer' must hold strings or numbers"),
         ('{"problem": "p", "answer": true}', "'answer' must hold strings or numbers"),
         ('{"problem": "p", "answer": NaN}', "'answer' must be finite"),
-        ('{"problem": "p", "answer": "1", "level": [1]}', "'level' must be"),
+        ('{"problem": "p", "answer": 1e400}', "'answer' must be finite"),
+        ('{"problem": "p", "answer": ["1", {}]}', "'answer' must hold strings or numbers"),
+        ("{}", "no field problem or question or prompt (fields: [])"),
         ("[" * 100_000, "not a JSON object"),
     ],
 )
@@ -106,6 +104,62 @@ def test_empty_gold_is_read(tmp_path):
     path = tmp_path / "empty_gold.jsonl"
     path.write_text('{"problem": "p", "answer": ""}')
     assert read_problems(path)[0].answers == ("",)
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"answer": None}, ("",)),
+        ({"answers": []}, ("",)),
+        ({"answers": [None, None]}, ("",)),
+        ({"answers": ["1", None]}, ("1",)),
+        ({"answers": [], "answer": "5"}, ("5",)),
+        ({"answers": [None, ""], "answer": None, "final_answer": 6}, ("6",)),
+        ({"answer": "", "reward_model": {"ground_truth": "7"}}, ("7",)),
+        ({"reward_model": {"ground_truth": None}}, ("",)),
+        ({"answer": 10**400}, (str(10**400),)),
+    ],
+)
+def test_empty_answers_are_read(tmp_path, row, answers):
+    """Bug: null and [] stopped the whole file, a 401-digit integer by a bare OverflowError."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "p", **row}))
+    assert read_problems(path) == [Problem("rows-000001", "p", answers)]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"problem": ""}, ""),
+        ({"problem": None}, ""),
+        ({"problem": " ", "question": "q"}, "q"),
+        ({"prompt": []}, ""),
+        ({"prompt": [{"role": "user", "content": None}]}, ""),
+    ],
+)
+def test_empty_problems_are_read(tmp_path, row, text):
+    """Bug: one row without a problem stopped the whole file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"answer": "1", **row}))
+    assert read_problems(path) == [Problem("rows-000001", text, ("1",))]
+
+
+@pytest.mark.parametrize(
+    ("written", "level"),
+    [
+        ("3", 3),
+        ("3.0", 3),
+        ("2.5", "2.5"),
+        ('"hard"', "hard"),
+        *((other, None) for other in ("[1]", "{}", "NaN", "1e400", "true", "null")),
+    ],
+)
+def test_levels(tmp_path, written, level):
+    """Bug: a level of 2.5 or a list stopped the whole file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"problem": "p", "answer": "1", "level": {written}}}')
+    [row] = read_problems(path)
+    assert (row.level, type(row.level)) == (level, type(level))
 
 
 def test_fields_of_other_collections():
@@ -207,10 +261,13 @@ def test_parquet_numbers(tmp_path):
 
 def test_broken_parquet_rows_and_files_are_named(tmp_path):
     path = tmp_path / "bad.parquet"
-    answers = ["1"] * 5000
-    answers[4321] = None
+    answers = [["1"]] * 4321 + [None, []] + [["1", None]] * 677
     columns = {"problem": ["p"] * 5000, "answer": answers, "other": [1] * 5000}
-    with pytest.raises(DataError, match=r"bad\.parquet, row 4322: field 'answer' must hold"):
+    read = read_problems(write_parquet(path, columns))
+    assert [row.answers for row in read] == [("1",)] * 4321 + [("",)] * 2 + [("1",)] * 677
+    columns["answer"] = [True] * 5000
+    columns["answers"] = [1.0] * 4321 + [float("inf")] * 679
+    with pytest.raises(DataError, match=r"bad\.parquet, row 4322: field 'answers' must be finite"):
         read_problems(write_parquet(path, columns))
     columns = {"task": ["p"], "answer": ["1"], "other": [1]}
     said = r"bad\.parquet.*: no field problem.* \(fields: \['answer', 'other', 'task'\]\)"
