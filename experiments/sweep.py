@@ -147,7 +147,10 @@ def execute_all(
         begin = time.monotonic()
         code, took = 0, "skipped"
         if run.result().state != "finished" and not in_use(run.folder):
-            with console.status(f"{label}: running, output in {shown(log_path(run.folder))}"):
+            doing = f"{label}  running, output in {shown(log_path(run.folder))}"
+            if not console.is_terminal:
+                console.print(doing, markup=False, highlight=False, soft_wrap=True)
+            with console.status(doing):
                 code = execute(run)
             took = _duration(time.monotonic() - begin)
         result = run.result()

@@ -90,9 +90,10 @@ def test_a_failed_run_costs_that_run(tmp_path, capsys, monkeypatch):
     assert code == 1
     assert errors == "error: 1 of 2 runs failed\n"
     lines = output.splitlines()
-    assert re.fullmatch(r"1/2 model.path=-nowhere-\w+  failed  -  \d+ s", lines[0])
-    assert lines[1].strip().startswith("exit code 2; error: no model at /nowhere")
-    assert lines[2] == "2/2 seed=5  finished  0.250 -> 0.750  skipped"
+    assert re.fullmatch(r"1/2 model.path=-nowhere-\w+  running, output in \S+\.log", lines[0])
+    assert re.fullmatch(r"1/2 model.path=-nowhere-\w+  failed  -  \d+ s", lines[1])
+    assert lines[2].strip().startswith("exit code 2; error: no model at /nowhere")
+    assert lines[3] == "2/2 seed=5  finished  0.250 -> 0.750  skipped"
     rows = json.loads((given["workdir"] / "results.json").read_text())
     assert [row["state"] for row in rows] == ["failed", "finished"]
     assert [row["last_accuracy"] for row in rows] == [None, 0.75]
@@ -225,7 +226,7 @@ def test_a_sweep_that_was_stopped_continues(tmp_path):
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 130, output + errors
     assert "the same command continues the sweep" in errors
-    assert output.startswith("1/2 seed=0  finished")
+    assert output.splitlines()[1].startswith("1/2 seed=0  finished")
     assert [run.result().state for run in (first, second)] == ["finished", "unfinished"]
     # The run that was going on has ended with it: its folder is free.
     before = (first.folder / "metrics.jsonl").read_text()
@@ -233,7 +234,7 @@ def test_a_sweep_that_was_stopped_continues(tmp_path):
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"1/2 seed=0  finished  [\d.]+ -> [\d.]+  skipped", lines[0])
-    assert re.fullmatch(r"2/2 seed=1  finished  [\d.]+ -> [\d.]+  \d+.*", lines[1])
+    assert re.fullmatch(r"2/2 seed=1  finished  [\d.]+ -> [\d.]+  \d+.*", lines[2])
     assert (first.folder / "metrics.jsonl").read_text() == before
     assert [m["step"] for m in read_metrics(second.folder / "metrics.jsonl")] == [0, 1]
     # The run command has read what the sweep meant.
