@@ -168,7 +168,7 @@ class Part:
             return ""
         return (
             f"{self.name}: the model has too few positions for {self.max_tokens} tokens; responses "
-            f"to {len(shorter)} of {len(self.budgets)} problems have fewer, the least {min(shorter)}"
+            f"to {len(shorter)} of {len(self.budgets)} problems have fewer, down to {min(shorter)}"
         )
 
 

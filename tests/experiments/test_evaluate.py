@@ -254,7 +254,7 @@ def test_a_budget_that_the_model_cannot_hold_is_said():
         "own", Benchmark("", instruction=""), problems, tokenizer, model, PromptConfig(""), 50, 1
     )
     assert part.budgets == {0: 50, 1: 10}
-    assert part.cut().endswith("50 tokens; responses to 1 of 2 problems have fewer, the least 10")
+    assert part.cut().endswith("50 tokens; responses to 1 of 2 problems have fewer, down to 10")
     assert replace(part, max_tokens=10).cut() == ""
 
 
