@@ -1,22 +1,35 @@
 r"""Answers as text: the boxed answer of a response, and what exact reading alone can decide.
 
-Everything here is pure, linear in the length of the text and evaluates nothing: numbers are read
-by regular expressions into fractions, with bounds on digits and exponents. What cannot be decided
-this way goes to math-verify in a worker process (`attnrl_jax.tasks.judging`), through
-`math_verify_equal` below. This module imports neither jax nor numpy, so that a worker starts fast.
+Everything here is pure, linear in the length of the text and evaluates nothing. How one answer is
+read is in `attnrl_jax.tasks.quantities`; here two are compared. What cannot be decided this way
+goes to math-verify in a worker process (`attnrl_jax.tasks.judging`), through `math_verify_equal`
+below. This module imports neither jax nor numpy, so that a worker starts fast.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from attnrl_jax.tasks.numerals import Number, Numeral
+from attnrl_jax.tasks.quantities import Reading, normalise, read, read_number
+
+__all__ = [
+    "MAX_ANSWER_CHARS",
+    "after_think",
+    "equality_keys",
+    "exact_verdict",
+    "final_answer",
+    "final_answers",
+    "gold_text",
+    "math_verify_equal",
+    "normalise",
+    "question",
+    "read_number",
+]
 
 # Longer answers are compared as strings only: the longest gold of the seven benchmarks has 204.
 MAX_ANSWER_CHARS = 1000
-_MAX_DIGITS = 200
-_MAX_EXPONENT = 400
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _CONNECTOR = re.compile(
@@ -95,183 +108,12 @@ def final_answer(response_text: str) -> str | None:
     return readings[0] if readings else None
 
 
-_WRAPPERS = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
-)
-_DROPPED = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\boxed(?![a-z])")
-_NEGATIVE_SPACE = re.compile(r"\\!\s*")
-_THIN_SPACE = re.compile(r"(?<=[\d,])\s*(?:\\[,;:! ]|~)\s*(?=\d{3}(?!\d))")
-_SPACES = re.compile(r"(?:\\[,;:! ]|\\q?quad(?![a-z])|~|\s)+")
-_INNER_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
-
-
-def _clean(text: str) -> str:
-    """Mark-up that never changes an answer is taken off; single spaces remain."""
-    text = text.strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        inside = text[len(opening) : -len(closing)]
-        if text.startswith(opening) and text.endswith(closing) and "$" not in inside:
-            text = inside
-            break
-    text = _NEGATIVE_SPACE.sub("", text).replace("{,}", ",").replace("−", "-")
-    text = _WRAPPERS.sub(r"\1", _WRAPPERS.sub(r"\1", text))
-    text = _DROPPED.sub("", text)
-    text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text).replace(r"\%", "%")
-    text = text.replace(r"\$", "").replace(r"^{\circ}", "°").replace(r"^\circ", "°")
-    text = _SPACES.sub(" ", _THIN_SPACE.sub("", text)).strip()
-    while text.startswith("{") and text.endswith("}") and "{" not in text[1:]:
-        text = text[1:-1].strip()
-    return text.rstrip(".").strip() if text.rstrip(".") else text
-
-
-def normalise(text: str) -> str:
-    """The text by which answers are compared as strings: mark-up and idle spaces taken off."""
-    return _normalise(_clean(text))
-
-
-def _normalise(cleaned: str) -> str:
-    text = _INNER_SPACE.sub("", cleaned)
-    choice = re.fullmatch(r"\(([A-Z])\)", text)
-    return choice.group(1) if choice else text
-
-
-class Number(NamedTuple):
-    """An exact rational; `percent` says that it was written with a percent sign."""
-
-    value: Fraction
-    percent: bool
-
-
-_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+|\d+)"
-_TIMES = r"\s*(?:\\times|\\cdot|\*|×|x)\s*"
-_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*[€£¥]?\s*"
-    rf"(?:(?P<decimal>{_DIGITS}(?:\.\d*)?|\.\d+)"
-    rf"(?:[eE](?P<e>[-+]?\d+)|{_TIMES}10\s*\^\s*(?P<brace>\{{)?\s*(?P<ten>[-+]?\d+)\s*(?(brace)\}}))?"
-    rf"|10\s*\^\s*(?P<brace2>\{{)?\s*(?P<power>[-+]?\d+)\s*(?(brace2)\}}))"
-    rf"\s*(?P<unit>%|°|percent|pct)?",
-    re.ASCII,
-)
-_FRACTION = re.compile(
-    r"(?P<sign>[-+]?)\s*(?P<whole>\d+)?\s*"
-    r"\\frac\s*(?:\{\s*(?P<n>[-+]?\d+)\s*\}\s*\{\s*(?P<d>[-+]?\d+)\s*\}|(?P<n1>\d)\s*(?P<d1>\d))"
-    r"\s*(?P<unit>%)?",
-    re.ASCII,
-)
-_SLASH = re.compile(r"(?P<sign>[-+]?)\s*(?P<n>\d+)\s*/\s*(?P<d>\d+)", re.ASCII)
-# A leading digit keeps indexed letters (a_{12}) apart from numerals.
-_BASED = re.compile(r"(?P<digits>\d[0-9A-Za-z]*)_(?:\{(?P<b>\d{1,2})\}|(?P<b1>\d{1,2}))", re.ASCII)
-
-
-def read_number(text: str) -> Number | None:
-    r"""Reads an exact rational: `1,000`, `1\,000`, `204.`, `8.7\times10^8`, `1\frac12`, `75\%`.
-
-    None where the text is no single number, and where it is too large to write out: a tower of
-    powers is never computed here.
-    """
-    return _number(_clean(text))
-
-
-def _number(text: str) -> Number | None:
-    if len(text) > _MAX_DIGITS:
-        return None
-    if match := _NUMBER.fullmatch(text):
-        exponent = match["e"] or match["ten"] or match["power"] or "0"
-        if len(exponent) > 5 or abs(int(exponent)) > _MAX_EXPONENT:
-            return None
-        digits = re.sub(r"[ ,]", "", match["decimal"] or "1")
-        value = Fraction(digits) * Fraction(10) ** int(exponent)
-        percent = match["unit"] in ("%", "percent", "pct")
-        return Number(-value if match["sign"] == "-" else value, percent)
-    if match := _FRACTION.fullmatch(text):
-        numerator, denominator = match["n"] or match["n1"], match["d"] or match["d1"]
-        # A whole part before a signed fraction is a product or a difference, not a mixed number.
-        if int(denominator) == 0 or (match["whole"] and not (numerator + denominator).isdigit()):
-            return None
-        value = Fraction(int(match["whole"] or 0)) + Fraction(int(numerator), int(denominator))
-        return Number(-value if match["sign"] == "-" else value, bool(match["unit"]))
-    if (match := _SLASH.fullmatch(text)) and int(match["d"]):
-        value = Fraction(int(match["n"]), int(match["d"]))
-        return Number(-value if match["sign"] == "-" else value, False)
-    return None
-
-
-def _numbers_equal(answer: Number, gold: Number) -> bool:
-    """75 % is both 3/4 and 75, as its writers mean either; two percentages compare as they are."""
-    if answer.percent == gold.percent:
-        return answer.value == gold.value
-    percent, plain = (answer, gold) if answer.percent else (gold, answer)
-    return plain.value in (percent.value, percent.value / 100)
-
-
-def _read_based(text: str) -> tuple[str, int | None] | None:
-    """Digits and base of `2220_5`; a bare numeral has base None."""
-    text = text.replace(" ", "")
-    if match := _BASED.fullmatch(text):
-        base = int(match["b"] or match["b1"])
-        digits = match["digits"].upper()
-        valid = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
-        return (digits.lstrip("0"), base) if valid and len(digits) <= _MAX_DIGITS else None
-    if text.isascii() and text.isdigit():
-        return text.lstrip("0"), None
-    return None
-
-
-# A unit, or what is counted, after a number: in a text command, or as up to three plain words (of
-# three letters, so that no product of variables is taken for one).
-_UNIT = re.compile(
-    r"(?:\\(?:text|textbf|textit|textrm|textnormal|mathrm|mbox|hbox)\s*"
-    r"\{(?P<marked>[A-Za-z~,.' -]+)\}"
-    r"|(?P<plain>(?:[ ~][A-Za-z]{3,}){1,3}))(?P<power>\s*\^\s*(?:\d|\{\d\}))?\s*\.?"
-)
-# Words after a number that change its value, and are no units.
-_VALUE_WORDS = re.compile(
-    r"\b(?:i|e|k|pi|and|or|half|halves|dozens?|hundreds?|thousands?|\w*illions?|percent|pct|mod"
-    r"|modulo|base|factorial|squared|cubed|sqrt|sin|cos|tan|log|ln|exp|times|plus|minus|over|less"
-    r"|more|than|of)\b",
-    re.IGNORECASE,
-)
-_ASSIGNED = re.compile(r"(?P<name>[A-Za-z])\s*=\s*(?P<value>[^=]+)")
-
-
-class _Reading(NamedTuple):
-    """What exact reading makes of a text of bounded length.
-
-    Attributes:
-      normal: for comparison as a string.
-      based: digits and base, or None.
-      number: or None.
-      measured: number of a quantity and its unit, or of an assignment `x = 5`; or None.
-      unit: that unit or variable.
-    """
-
-    normal: str
-    based: tuple[str, int | None] | None
-    number: Number | None
-    measured: Number | None
-    unit: str
-
-
-@functools.lru_cache(maxsize=4096)
-def _read(text: str) -> _Reading:
-    cleaned = _clean(text)
-    number = _number(cleaned)
-    measured, unit = (None, "") if number else _read_measured(text)
-    return _Reading(_normalise(cleaned), _read_based(cleaned), number, measured, unit)
-
-
-def _read_measured(text: str) -> tuple[Number | None, str]:
-    text = text.strip().strip("$").strip()
-    if len(text) > _MAX_DIGITS:
-        return None, ""
-    if match := _ASSIGNED.fullmatch(text):
-        return read_number(match["value"]), match["name"]
-    # A unit within the text ("3 hours 20 minutes") is part of no single number.
-    for match in _UNIT.finditer(text):
-        if match.end() == len(text) and not _VALUE_WORDS.search(match.group()):
-            words = (match["marked"] or match["plain"]).replace("~", " ").strip(" .,")
-            return read_number(text[: match.start()]), words + (match["power"] or "")
-    return None, ""
+_SUBSCRIPTED = re.compile(r"\d ?_ ?(?:\{([^{}]*)\}|(\w))", re.ASCII)
+_SIGNS = re.compile(r"[-+] ?[-+]")
+# Exponents and factorials of six digits or more, and factorials of factorials.
+_HUGE = re.compile(r"(?:\^|\*\*) ?\{?[^{}]{0,20}?(?<![.\d])\d{6}|\d{6} ?!|! ?\)+ ?!", re.ASCII)
+_RAISE = r"(?:\^|\*\*) ?[{(]? ?"
+_TOWER = re.compile(rf"{_RAISE}(\d+) ?{_RAISE}(\d+)(?P<third> ?{_RAISE}\d)?", re.ASCII)
 
 
 def exact_verdict(answer: str, gold: str) -> bool | None:
@@ -280,28 +122,130 @@ def exact_verdict(answer: str, gold: str) -> bool | None:
     Equal normalised texts are equal. Two numbers are compared as fractions, so that neither
     rounding nor notation counts: math-verify alone rounds to six decimals and does not read
     scientific notation. A unit (`18\text{ dollars}`, `18 dollars`) or a variable (`x = 18`) that
-    only one of the two has does not count. Numerals with a base subscript are compared by value if
-    both have one, and by digits if one leaves its base out (math-verify alone ignores the base). An
-    empty text equals nothing.
+    only one of the two has does not count; two that differ do, and words that change the value
+    (`million`, `not`) are no units. Numerals with a base subscript are compared by value if both
+    have one, and by digits if one leaves its base out (math-verify alone ignores the base). Words
+    are compared by their letters in order (math-verify alone reads products). An empty text equals
+    nothing, and neither do dots or the label of another choice.
     """
     if not answer.strip() or not gold.strip():
         return False
     if len(answer) > MAX_ANSWER_CHARS:
         return normalise(answer) == normalise(gold)
     # Golds are trusted, but some are whole solutions.
-    read, wanted = _read(answer), _read(gold)
-    if read.normal == wanted.normal:
-        return True
-    if read.based and wanted.based and (read.based[1] or wanted.based[1]):
-        if read.based[1] and wanted.based[1]:
-            return int(read.based[0] or "0", read.based[1]) == int(
-                wanted.based[0] or "0", wanted.based[1]
-            )
-        return read.based[0] == wanted.based[0]
-    number, gold_number = read.number or read.measured, wanted.number or wanted.measured
-    if number and gold_number and (not read.unit or not wanted.unit or read.unit == wanted.unit):
-        return _numbers_equal(number, gold_number)
+    given, wanted = read(answer), read(gold)
+    for one, other in ((given, wanted), (wanted, given)):
+        if one.label and (other.label or (other.word and len(other.normal) == 1)):
+            return one.label == (other.label or other.normal)
+    if given.normal == wanted.normal:
+        # The pair "1, 234" is not the number "1,234".
+        return "," not in given.normal or bool(given.number) == bool(wanted.number)
+    if r"\dots" in given.normal or r"\dots" in wanted.normal:
+        return False
+    if _SIGNS.search(given.normal) and not _SIGNS.search(wanted.normal):
+        return False
+    if given.word and wanted.word:
+        # Single letters are variables or choices, whose case counts.
+        return given.word == wanted.word
+    if wanted.word and wanted.quoted and len(wanted.word) > 1:
+        return False
+    based = _same_numeral(given, wanted)
+    if based is not None:
+        return based
+    if (given.unit and wanted.unit and given.unit != wanted.unit) or (
+        given.name and wanted.name and given.name != wanted.name
+    ):
+        return False
+    if given.number and wanted.number:
+        return _same_number(given.number, wanted.number)
+    brackets = {_brackets(given.normal), _brackets(wanted.normal)}
+    if brackets == {"()", "{}"} or _is_huge(given.normal):
+        return False
     return None
+
+
+def _same_number(answer: Number, gold: Number) -> bool:
+    """75 % is both 3/4 and 75, as its writers mean either; two percentages compare as they are."""
+    if answer.percent == gold.percent:
+        return answer.value == gold.value
+    percent, plain = (answer, gold) if answer.percent else (gold, answer)
+    return plain.value in (percent.value, percent.value / 100)
+
+
+def _same_numeral(given: Reading, wanted: Reading) -> bool | None:
+    """None where neither has a base, or any other subscript under a digit that the other lacks."""
+    one, other = given.numeral, wanted.numeral
+    if _is_based(one) or _is_based(other):
+        if one is None or other is None:
+            return False
+        if any(_is_based(numeral) and numeral.value is None for numeral in (one, other)):
+            return False
+        if one.base is None or other.base is None:
+            return one.digits == other.digits
+        return one.value == other.value
+    same = _SUBSCRIPTED.findall(given.normal) == _SUBSCRIPTED.findall(wanted.normal)
+    return None if same else False
+
+
+def _is_based(numeral: Numeral | None) -> bool:
+    return numeral is not None and numeral.base is not None
+
+
+def _is_huge(text: str) -> bool:
+    """Whether an integer in it would take long to write out. Golds hold none: such an answer is
+    wrong, and sending it to a worker would cost a time limit for each."""
+    if _HUGE.search(text):
+        return True
+    for tower in _TOWER.finditer(text):
+        base, exponent, third = tower.groups()
+        if third or len(base) > 4 or len(exponent) > 2 or int(base) ** int(exponent) > 10**5:
+            return True
+    return False
+
+
+def _brackets(normal: str) -> str:
+    r"""`()` around a tuple or an open interval, `{}` around a set, else empty."""
+    text = normal.replace(r"\{", "{").replace(r"\}", "}")
+    if normal.startswith("(") and normal.endswith(")"):
+        kind = "()"
+    elif normal.startswith(r"\{") and normal.endswith(r"\}"):
+        kind = "{}"
+    else:
+        return ""
+    depth, several = 0, False
+    for place, character in enumerate(text, start=1):
+        depth += (character in "({[") - (character in ")}]")
+        several |= depth == 1 and character in ",;"
+        if depth == 0 and place < len(text):
+            return ""
+    return kind if several else ""
+
+
+def equality_keys(answer: str) -> frozenset[tuple[Any, ...]]:
+    r"""What a text has in common with each text that `exact_verdict` holds equal to it.
+
+    Equality is not transitive: `10` equals `10_2` and `10_3`, `10 feet` and `10 inches`. A numeral
+    without a base has the keys of its digits in every base; quantities of one number have one key,
+    whatever their units. A percentage and a plain number have no key in common, although
+    `exact_verdict` lets 75 % equal both 75 and 3/4. Texts of more than `MAX_ANSWER_CHARS` have
+    the key of their text only.
+    """
+    if len(answer) > MAX_ANSWER_CHARS:
+        return frozenset({("text", normalise(answer))})
+    reading = read(answer)
+    keys: set[tuple[Any, ...]] = {("text", reading.normal)}
+    if reading.word:
+        keys.add(("word", reading.word))
+    if reading.label:
+        keys.add(("word", reading.label))
+    if reading.number:
+        keys.add(("number", *reading.number))
+    if numeral := reading.numeral:
+        bases = range(2, 37) if numeral.base is None else [numeral.base]
+        keys.update(("digits", numeral.digits, base) for base in bases)
+        if numeral.value is not None:
+            keys.add(("numeral", numeral.value))
+    return frozenset(keys)
 
 
 def gold_text(gold: str) -> str:
@@ -318,17 +262,39 @@ def gold_text(gold: str) -> str:
     return readings[-1]
 
 
+_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]|(?<!\\)\$")
+
+
+def question(answer: str, gold: str) -> tuple[str, str]:
+    """What math-verify is asked where `exact_verdict` cannot tell: both texts without their units.
+
+    What stands outside an answer's dollars counts. An answer in round brackets is in order, also
+    where the gold leaves its brackets out.
+    """
+    given, wanted = read(answer), read(gold)
+    body = wanted.body
+    if _brackets(given.normal) == "()" and not re.match(r"[\\([{]", wanted.normal):
+        inside = wanted.normal.strip("$")
+        if re.search("[,;]", inside) and not re.search(r"[=<>$]|\\le|\\ge", inside):
+            body = f"({inside})"
+    return _DELIMITERS.sub(" ", given.body), body
+
+
 def math_verify_equal(pairs: tuple[tuple[str, str], ...]) -> bool:
     r"""Whether math-verify holds the answer of any (answer, gold) pair equal to its gold.
 
+    An answer that is a chain of equations is equal only if its numbers are: `4^2=16`, not `1=16`.
+
     Runs in a worker process that can be killed: it has no time limit of its own, since
     math-verify's use SIGALRM. Only its LaTeX reader is used: the other one calls sympy's
-    `parse_expr`, which evaluates Python.
+    `parse_expr`, which evaluates Python. Its units are not used: they hold `t`, `more` and `east`.
     """
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Basic, I, Symbol
 
-    config = (LatexExtractionConfig(boxed_match_priority=0),)
+    normalization = NormalizationConfig(malformed_operators=True, nits=True)
+    config = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization),)
     unit = Symbol("i", real=False)
 
     def parsed(text: str) -> list:
@@ -342,7 +308,44 @@ def math_verify_equal(pairs: tuple[tuple[str, str], ...]) -> bool:
             for expression in expressions
         ]
 
+    def equal(gold: list, answer: list) -> bool:
+        return verify(
+            gold,
+            answer,
+            # Beyond its six decimals 0.0000001 equals 0.0000002.
+            float_rounding=15,
+            timeout_seconds=None,
+            allow_set_relation_comp=True,
+        )
+
+    def consistent(gold: str, answer: str) -> bool:
+        sides = _sides(answer)
+        if len(sides) < 2:
+            return True
+        numbers = [
+            side
+            for side in map(parsed, sides)
+            if side and isinstance(side[0], Basic) and not side[0].free_symbols
+        ]
+        wanted = numbers[-1] if "=" in gold and numbers else parsed(gold)
+        return all(equal(wanted, number) for number in numbers)
+
     return any(
-        verify(parsed(gold), parsed(answer), timeout_seconds=None, allow_set_relation_comp=True)
-        for answer, gold in pairs
+        equal(parsed(gold), parsed(answer)) and consistent(gold, answer) for answer, gold in pairs
     )
+
+
+def _sides(text: str) -> list[str]:
+    """Sides of one chain of equations; empty where there are several, or inequalities."""
+    if re.search(r"\b(?:and|or)\b", text):
+        return []
+    sides, depth = [""], 0
+    for token in re.findall(r"\\equiv(?![a-z])|\\?.", text, re.DOTALL):
+        depth += (token in "({[") - (token in ")}]")
+        if depth == 0 and token in (",", ";", "<", ">"):
+            return []
+        if depth == 0 and token in ("=", r"\equiv"):
+            sides.append("")
+        else:
+            sides[-1] += token
+    return sides

@@ -3,7 +3,8 @@ r"""Judges: rewards of responses, 1 for a right final answer and 0 otherwise.
 Two judges share one protocol. `ExactJudge` compares texts and numbers and never leaves the
 process; `MathJudge` asks math-verify about the rest, in worker processes that are killed when an
 answer takes too long or too much memory. A hang, a crash or a killed worker costs that one answer,
-which is judged wrong and counted. Model text is never evaluated as code.
+which is judged wrong and counted; where the whole pool breaks down (its fork server was killed),
+what it lost is asked once more. Model text is never evaluated as code.
 
 `submit` returns at once, so that judging overlaps with generation; `judge_many` waits.
 
@@ -18,12 +19,14 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import math
 import multiprocessing
 import multiprocessing.context
 import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +38,7 @@ from attnrl_jax.tasks.answers import (
     final_answers,
     gold_text,
     math_verify_equal,
+    question,
 )
 
 __all__ = [
@@ -69,6 +73,9 @@ class JudgeConfig:
       timeout_seconds: time one answer may take; its worker is killed then.
       memory_bytes: address space an answer may add to that of its idle worker.
       remembered: verdicts of math-verify that are kept, the latest used, for equal questions.
+
+    Raises:
+      ValueError: a limit that is not positive, or not finite.
     """
 
     workers: int = 2
@@ -78,8 +85,8 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         for name in ("workers", "timeout_seconds", "memory_bytes", "remembered"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:  # nan is refused as well
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
 
 class JudgeCounts(NamedTuple):
@@ -197,7 +204,7 @@ class MathJudge:
                 outcomes.append(asked[outcome])
             else:
                 outcomes.append(outcome)
-        return _Asked(self, outcomes)
+        return _Asked(self, outcomes, {future: question for question, future in asked.items()})
 
     def judge_many(self, items: Sequence[Item]) -> Verdicts:
         """Rewards of (response text, golds) pairs; a response is right if it equals any gold."""
@@ -235,7 +242,8 @@ class MathJudge:
                 # Outside the lock: a future that is done calls at once.
                 future.add_done_callback(functools.partial(self._finish, question))
                 return future
-            except RuntimeError as error:  # pebble: the pool was stopped or has broken down
+            # pebble: the pool was stopped or has broken down; or no process can be started.
+            except (RuntimeError, OSError) as error:
                 logger.warning("the pool of judging workers is started anew: %s", error)
                 self.close()
         failed: concurrent.futures.Future = concurrent.futures.Future()
@@ -275,14 +283,30 @@ class _Asked:
     """Outcomes of one `submit`: None for no answer, a bool if decided, else a future."""
 
     def __init__(
-        self, judge: MathJudge, outcomes: list[bool | concurrent.futures.Future | None]
+        self,
+        judge: MathJudge,
+        outcomes: list[bool | concurrent.futures.Future | None],
+        questions: dict[concurrent.futures.Future, Question],
     ) -> None:
         self._judge = judge
         self._outcomes = outcomes
+        # By future; emptied once those lost with their pool were asked again.
+        self._questions = questions
 
     def result(self) -> Verdicts:
-        futures = [o for o in self._outcomes if isinstance(o, concurrent.futures.Future)]
-        self._judge._wait(futures)
+        self._wait()
+        questions, self._questions = self._questions, {}
+        again = {
+            future: self._judge._ask(question)
+            for future, question in questions.items()
+            if _was_lost_with_its_pool(future)
+        }
+        if again:
+            self._outcomes = [
+                again.get(o, o) if isinstance(o, concurrent.futures.Future) else o
+                for o in self._outcomes
+            ]
+            self._wait()
         rewards = np.zeros(len(self._outcomes), np.float32)
         counts = dict.fromkeys(JudgeCounts._fields, 0)
         for row, outcome in enumerate(self._outcomes):
@@ -295,6 +319,16 @@ class _Asked:
             rewards[row] = right
             counts[kind] += 1
         return Verdicts(rewards, JudgeCounts(**counts))
+
+    def _wait(self) -> None:
+        self._judge._wait([o for o in self._outcomes if isinstance(o, concurrent.futures.Future)])
+
+
+def _was_lost_with_its_pool(future: concurrent.futures.Future) -> bool:
+    """Not by a crash of its own worker (ProcessExpired), nor to a time limit."""
+    if not future.done() or future.cancelled():
+        return False
+    return isinstance(future.exception(), BrokenProcessPool)
 
 
 def _decide(response_text: str, answers: Sequence[str]) -> bool | Question | None:
@@ -309,7 +343,7 @@ def _decide(response_text: str, answers: Sequence[str]) -> bool | Question | Non
             if verdict:
                 return True
             if verdict is None:
-                undecided.append((reading, gold))
+                undecided.append(question(reading, gold))
     return tuple(undecided) if undecided else False
 
 

@@ -23,12 +23,18 @@ from attnrl_jax.tasks.judging import (
 
 ROOT = Path(__file__).parents[2]
 OWN_CASES = ROOT / "tests" / "data" / "problems" / "judged_answers.json"
+COMPARED = ROOT / "tests" / "data" / "problems" / "compared_answers.json"
 SHARED = ROOT.parent / "shared" / "data"
 
 
 def surd(n):
     """A right answer that only math-verify can tell; equal ones are not asked twice."""
     return rf"It is \boxed{{\sqrt{{{8 * n * n}}}}}.", [rf"{2 * n}\sqrt{{2}}"]
+
+
+def hang(n):
+    """An answer that keeps math-verify busy for minutes."""
+    return rf"\boxed{{({n}^{{99999}})^{{99999}}}}", [r"\sqrt{3}"]
 
 
 SURD = surd(1)
@@ -62,6 +68,17 @@ def test_own_cases(judge):
     assert counts.unanswered == 2
     assert counts.exact > 0
     assert counts.verified > 0
+
+
+def test_compared_answers(judge):
+    """Regression: differing units and bases, words after a number (`18 million`, `5 not`),
+    anagrams, rounded numbers and hedges were right; ordinary ways to write 18 were wrong."""
+    cases = json.loads(COMPARED.read_text())
+    items = [(rf"\boxed{{{case['answer']}}}", [case["gold"]]) for case in cases]
+    rewards, counts = judge.judge_many(items)
+    wrong = [case for case, reward in zip(cases, rewards, strict=True) if reward != case["right"]]
+    assert wrong == []
+    assert counts.timeouts == counts.failures == 0
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="answer-checking cases are not here")
@@ -130,6 +147,8 @@ HOSTILE = [
     "\\" * 501,
     "a_{" * 100,
     "10^10^10^10",
+    "(9^{99999})^{99999}",
+    r"\left(8^{99999}\right)^{99999}",
     "99999999!",
     r"\frac{1}{" * 5_000 + "2" + "}" * 5_000,
     r"\begin{pmatrix}" + ("1&" * 11 + r"1\\") * 25 + r"\end{pmatrix}",
@@ -175,7 +194,7 @@ def test_a_killed_worker_costs_one_answer():
         assert fresh.judge_many([SURD]).rewards.tolist() == [1]
         workers = set(multiprocessing.active_children()) - before
         assert len(workers) == 2
-        hanging = [(rf"\boxed{{{n}^{{9^{{9^9}}}}}}", [r"\sqrt{3}"]) for n in (7, 8)]
+        hanging = [hang(7), hang(8)]
         pending = fresh.submit([*hanging, surd(2), (r"\boxed{5}", ["5"])])
         while not all(future.running() for future in pending._outcomes[:2]):
             time.sleep(0.05)
@@ -185,6 +204,51 @@ def test_a_killed_worker_costs_one_answer():
         assert rewards.tolist() == [0, 0, 1, 1]
         assert counts == JudgeCounts(exact=1, verified=1, failures=2)
         assert fresh.judge_many([surd(3)]).rewards.tolist() == [1]
+
+
+@pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="no fork server here"
+)
+def test_a_killed_fork_server_costs_no_waiting_answer():
+    """Regression: the pool it had served was found broken only by the next answers, all lost."""
+    from multiprocessing import forkserver
+
+    with MathJudge() as fresh:
+        assert fresh.judge_many([SURD]).rewards.tolist() == [1]
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        pending = fresh.submit([surd(n) for n in range(2, 6)])
+        for _ in range(2):
+            rewards, counts = pending.result()
+            assert rewards.tolist() == [1, 1, 1, 1]
+            assert counts == JudgeCounts(verified=4)
+
+
+def test_a_pool_that_does_not_start_costs_its_answers_alone():
+    """In a process of its own, whose open files are limited. Regression: the OSError left
+    `submit`."""
+    code = """
+import resource
+from attnrl_jax.tasks.judging import MathJudge
+resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))
+with MathJudge() as judge:
+    print(judge.judge_many([(r"\\boxed{x+1}", ["1+x"]), (r"\\boxed{5}", ["5"])]).counts)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "exact=1, verified=0, timeouts=0, failures=1" in ran.stdout, ran.stderr
+
+
+def test_huge_powers_are_asked_of_nobody():
+    """Regression: each different one cost a time limit."""
+    with MathJudge() as fresh:
+        texts = [f"2^{{{300000000 + k}}}" for k in range(8)]
+        texts += ["9^{9^{9^9}}", "2^{10^9}", "99999999!", "((9!)!)!", "10**10**10"]
+        items = [(rf"\boxed{{{text}}}", [r"\sqrt{3}"]) for text in texts]
+        assert fresh.judge_many(items).counts == JudgeCounts(exact=len(items))
+        assert not fresh.pool_started
+        ordinary = [(r"\boxed{2^{2^5}+1}", ["4294967297"]), (r"\boxed{2^{10}}", ["1024"])]
+        assert fresh.judge_many(ordinary).rewards.tolist() == [1, 1]
 
 
 def test_workers_are_limited_in_memory():
@@ -207,7 +271,7 @@ except MemoryError:
 def test_a_closed_judge_starts_again():
     fresh = MathJudge()
     assert fresh.judge_many([SURD]).rewards.tolist() == [1]
-    pending = fresh.submit([(r"\boxed{9^{9^{9^9}}}", [r"\sqrt{3}"])])
+    pending = fresh.submit([hang(9)])
     fresh.close()
     fresh.close()
     assert not fresh.pool_started
@@ -235,7 +299,7 @@ def test_decided_questions_are_remembered():
 
 def test_questions_under_way_are_asked_once(hasty_judge):
     """Though submitted from several threads; one that was lost is asked anew."""
-    hanging = (r"\boxed{6^{9^{9^9}}}", [r"\sqrt{3}"])
+    hanging = hang(6)
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         pending = list(threads.map(hasty_judge.submit, [[hanging, surd(4)]] * 8))
     for place in range(2):
@@ -251,9 +315,7 @@ def test_questions_under_way_are_asked_once(hasty_judge):
 def test_a_lost_question_is_not_remembered():
     with MathJudge() as fresh:
         fresh.judge_many([SURD])
-        pending = fresh.submit(
-            [surd(2)] + [(rf"\boxed{{{n}^{{9^{{9^9}}}}}}", ["x"]) for n in (6, 7)]
-        )
+        pending = fresh.submit([surd(2), hang(6), hang(7)])
         fresh.close()
         assert pending.result().counts == JudgeCounts(failures=3)
         assert fresh.judge_many([surd(2)]).counts == JudgeCounts(verified=1)
@@ -279,3 +341,13 @@ def test_settings_are_checked():
         JudgeConfig(workers=0)
     with pytest.raises(ValueError, match="timeout_seconds"):
         JudgeConfig(timeout_seconds=-1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_limits_are_positive_and_finite(value):
+    """Regression: inf and nan were taken, and an evaluation failed at its end, as JSON has
+    neither."""
+    with pytest.raises(
+        ValueError, match=f"timeout_seconds must be positive and finite, got {value}"
+    ):
+        JudgeConfig(timeout_seconds=value)
