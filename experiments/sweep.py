@@ -68,9 +68,9 @@ def execute(run: Run) -> int:
         )
         try:
             code = process.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             try:
-                _end(process)
+                _end(process, at_once=isinstance(stopped, Terminated))
             finally:
                 # A second Ctrl-C does not wait.
                 process.kill()
@@ -81,8 +81,14 @@ def execute(run: Run) -> int:
     return code
 
 
-def _end(process: subprocess.Popen) -> None:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send to the sweep alone."""
+
+
+def _end(process: subprocess.Popen, at_once: bool) -> None:
     """Ends a run as Ctrl-C does; then, should it not, by force."""
+    if at_once:
+        process.terminate()
     # A terminal has sent Ctrl-C to the run as well; a second one would disturb its ending.
     for seconds, send in ((5, process.send_signal), (60, lambda _: process.kill())):
         try:
@@ -246,7 +252,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _terminated(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def command() -> None:
