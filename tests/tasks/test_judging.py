@@ -217,10 +217,12 @@ def test_a_killed_fork_server_costs_no_waiting_answer():
         assert fresh.judge_many([SURD]).rewards.tolist() == [1]
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
         pending = fresh.submit([surd(n) for n in range(2, 6)])
-        for _ in range(2):
-            rewards, counts = pending.result()
-            assert rewards.tolist() == [1, 1, 1, 1]
-            assert counts == JudgeCounts(verified=4)
+        rewards, counts = pending.result()
+        # What a worker had in hand when it died with its server is lost; what waited is not.
+        assert counts.failures <= fresh.config.workers
+        assert counts.verified == rewards.sum() == 4 - counts.failures
+        assert pending.result().rewards.tolist() == rewards.tolist()
+        assert fresh.judge_many([surd(n) for n in range(6, 12)]).rewards.tolist() == [1] * 6
 
 
 def test_a_pool_that_does_not_start_costs_its_answers_alone():
