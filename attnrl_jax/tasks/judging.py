@@ -3,8 +3,9 @@ r"""Judges: rewards of responses, 1 for a right final answer and 0 otherwise.
 Two judges share one protocol. `ExactJudge` compares texts and numbers and never leaves the
 process; `MathJudge` asks math-verify about the rest, in worker processes that are killed when an
 answer takes too long or too much memory. A hang, a crash or a killed worker costs that one answer,
-which is judged wrong and counted; where the whole pool breaks down (its fork server was killed),
-what it lost is asked once more. Model text is never evaluated as code.
+which is judged wrong and counted. Where the whole pool breaks down (its fork server was killed),
+what waited is asked once more; what its workers had in hand is lost. Model text is never evaluated
+as code.
 
 `submit` returns at once, so that judging overlaps with generation; `judge_many` waits.
 
