@@ -12,6 +12,9 @@ from typing import NoReturn
 THINKING = {"auto": None, "on": True, "off": False}
 
 
+TRACEBACK = "Traceback (most recent call last):"
+
+
 def stop(error: Exception) -> NoReturn:
     """Ends the command with an error in one paragraph, exit code 2."""
     text = str(error).strip()
@@ -29,11 +32,22 @@ def config_fault(error: Exception) -> str:
         if "attribute get_config" in words:
             return "the file of --config has no get_config()"
         return f"unknown setting {words}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if "Traceback (most recent call last):" in lines:
-        # The configuration file itself raised: its own words stand last.
-        return re.sub(r"^[\w.]*Error: ", "", lines[-1])
-    return " ".join(lines)
+    if TRACEBACK in text:
+        # The configuration file itself raised: its own words are enough.
+        return re.sub(r"^.*?\w*Error: ", "", without_traceback(text).rpartition("file:")[2].strip())
+    return " ".join(text.split())
+
+
+def without_traceback(message: str) -> str:
+    """What ml_collections says of an error in a configuration file, but for its traceback."""
+    before, traceback, after = message.partition(TRACEBACK)
+    if not traceback:
+        return message
+    # Lines of a traceback are indented, its last is the error, which may go on.
+    lines = after.strip().splitlines()
+    indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    error = " ".join(lines[indented[-1] + 1 if indented else 0 :]) or lines[-1].strip()
+    return f"{before.strip()} {re.sub(r'^(?:[a-z_]+[.])+', '', error)}"
 
 
 def interrupted(how_to_continue: str) -> NoReturn:

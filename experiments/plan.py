@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from experiments.commands import without_traceback
 from experiments.folders import FolderError
 from experiments.results import Result, log_path, read_result
 from experiments.run import check_same_run
@@ -189,20 +190,8 @@ def _parsed(arguments: Sequence[str], place: str) -> ConfigDict:
         if not isinstance(config, ConfigDict):
             raise SweepError(f"{arguments[0]}: get_config() must return a ConfigDict")
     except Exception as error:
-        raise SweepError(f"{place}: {_without_traceback(str(error))}") from error
+        raise SweepError(f"{place}: {without_traceback(str(error))}") from error
     return config
-
-
-def _without_traceback(message: str) -> str:
-    """What ml_collections says of an error in a configuration file, but for its traceback."""
-    before, traceback, after = message.partition("Traceback (most recent call last):")
-    if not traceback:
-        return message
-    # Lines of a traceback are indented, its last is the error, which may go on.
-    lines = after.strip().splitlines()
-    indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
-    error = " ".join(lines[indented[-1] + 1 if indented else 0 :]) or lines[-1].strip()
-    return f"{before.strip()} {re.sub(r'^(?:[a-z_]+[.])+', '', error)}"
 
 
 def _configured(file: str, overrides: Mapping[str, Any], place: str) -> ConfigDict:

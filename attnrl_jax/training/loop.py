@@ -36,6 +36,7 @@ from attnrl_jax.branching.tree import PathSegments, path_segments
 from attnrl_jax.evaluation import evaluation_request
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training import rollout
+from attnrl_jax.training.metrics import sampling_metrics
 from attnrl_jax.training.stages import (
     Group,
     Setup,
@@ -364,39 +365,4 @@ def _closing_metrics(
         "judge/unanswered": watch.judged.unanswered,
         "judge/lost": watch.lost_answers,
         "judge/lost_total": state.lost_answers,
-    }
-
-
-def sampling_metrics(
-    rows: Rollouts,
-    plan: rollout.BranchPlan,
-    trained: np.ndarray,
-    advantages: np.ndarray,
-) -> dict[str, float]:
-    """What the step's rows look like before the update."""
-    initial = rows.root == np.arange(len(rows.root))
-    response = rollout.response_tokens(rows)
-    own = rollout.own_tokens(rows)
-    lengths = (rows.length - rows.prompt_length)[initial]
-    # What is exactly 0 in the equation is not always in float32.
-    signal = (np.abs(advantages) > 1e-6) & response
-    positions = len(plan.list())
-    allowed = int(plan.expanded.sum()) * plan.positions.valid.shape[1]
-    return {
-        "train/accuracy": float(rows.reward[initial].mean()),
-        "train/leaf_accuracy": float(rows.reward.mean()),
-        "train/entropy": float(rows.entropy[own].mean()) if own.any() else 0.0,
-        "train/response_length": float(lengths.mean()),
-        "train/truncated": float(1.0 - rows.ended[initial].mean()),
-        "problems/drawn": int(rows.problem.max()) + 1,
-        "problems/kept": len(np.unique(rows.problem[trained])),
-        "problems/dropped_easy": int(plan.dropped.sum()),
-        "rows/sampled": len(rows.length),
-        "rows/trained": int(trained.sum()),
-        "rows/with_advantage": float((signal.any(axis=1) & trained).mean()),
-        "branching/responses_expanded": int(plan.expanded.sum()),
-        "branching/responses_branched": int(plan.branched().sum()),
-        "branching/positions": positions,
-        "branching/positions_found": positions / max(allowed, 1),
-        "branching/by_importance": plan.share_by_importance(),
     }

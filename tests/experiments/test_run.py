@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -26,7 +25,6 @@ from experiments.settings import SettingError, default_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = ROOT / "tests" / "data" / "golden" / "models" / "qwen2_tied"
-GSM8K = ROOT.parent / "shared" / "data" / "train" / "gsm8k_train.jsonl.gz"
 
 
 def small(config, steps=3):
@@ -223,17 +221,6 @@ def test_a_model_folder_and_a_file_of_problems(tmp_path):
     config.steps = 2
     with pytest.raises(FolderError, match=r"the problems .* have changed since the run began"):
         execute(config, tmp_path / "run")
-
-
-def test_gsm8k(tmp_path):
-    if not GSM8K.exists():
-        pytest.skip("needs ../shared/data")
-    with gzip.open(GSM8K, "rt") as source:
-        lines = [next(source) for _ in range(100)]
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_text("".join(lines))
-    history = execute(hf_config(train=str(path)), tmp_path / "run")
-    assert history[-1]["step"] == 1
 
 
 @pytest.mark.parametrize(
