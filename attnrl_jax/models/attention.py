@@ -1,7 +1,7 @@
-"""Causal attention: blockwise over queries for whole sequences, cached for decoding.
+"""Causal attention of whole sequences, blockwise over queries.
 
-Suffixes name the axes: B batch, T query time, U key time, S cache time, H heads, K key/value
-heads, G query heads of one key/value head, D head_dim.
+Suffixes name the axes: B batch, T query time, U key time, H heads, K key/value heads,
+G query heads of one key/value head, D head_dim.
 """
 
 from __future__ import annotations
@@ -68,16 +68,18 @@ def blockwise_attention(
     q_BTHD: Array,
     k_BKUD: Array,
     v_BKUD: Array,
-    segment_ids: Int[Array, "batch time"],
+    visible_until: Int[Array, "batch time"],
     block_length: int,
     steps: StepWeights | None = None,
     keep_maps: bool = False,
 ) -> tuple[Array, Array | None, Array | None]:
     """Attention of whole sequences, one block of queries at a time.
 
-    A token sees tokens at or before it with the same non-zero segment id, so that padding on
-    either side and packed sequences need no other mask. A block holds whole softmax rows, which
-    is what the column sums of forward context influence need: they come with the same sweep.
+    Query q sees key p exactly if p <= q < visible_until[p]. That one interval per key covers
+    padding on either side (an empty one), sequences packed behind each other (to the end of the
+    sequence) and trees laid out depth first (to the end of what hangs below the key). A block
+    holds whole softmax rows, which is what the column sums of forward context influence need:
+    they come with the same sweep.
 
         c[h, p] = sum over q with step(q) >= step(p) + delta of A[h, q, p] / |step(q)|
 
@@ -101,14 +103,12 @@ def blockwise_attention(
         return jnp.moveaxis(x.reshape(batch, num_blocks, block, *x.shape[2:]), 1, 0)
 
     def one_block(columns, inputs):
-        q, segments, index, step_ids, weights = inputs
+        q, index, step_ids, weights = inputs
         logits = scale * jnp.einsum(
             "BTKGD,BKUD->BKGTU", q, k_BKUD, preferred_element_type=jnp.float32
         )
-        visible = (
-            (index[None, :, None] >= key_index[None, None, :])
-            & (segments[:, :, None] == segment_ids[:, None, :])
-            & (segments[:, :, None] > 0)
+        visible = (index[None, :, None] >= key_index[None, None, :]) & (
+            index[None, :, None] < visible_until[:, None, :]
         )
         visible = visible[:, None, None]
         # Rows that see nothing come out of softmax uniform: zero them.
@@ -121,10 +121,10 @@ def blockwise_attention(
         return columns, (out, attention if keep_maps else None)
 
     columns = jnp.zeros((batch, kv_heads, heads // kv_heads, time), jnp.float32)
-    step_ids = steps.step_ids if steps is not None else jnp.zeros_like(segment_ids)
-    weights = steps.weights if steps is not None else jnp.zeros(segment_ids.shape, jnp.float32)
+    step_ids = steps.step_ids if steps is not None else jnp.zeros_like(visible_until)
+    weights = steps.weights if steps is not None else jnp.zeros(visible_until.shape, jnp.float32)
     index = (jnp.arange(num_blocks * block)).reshape(num_blocks, block)
-    inputs = (blocked(q_BTKGD), blocked(segment_ids), index, blocked(step_ids), blocked(weights))
+    inputs = (blocked(q_BTKGD), index, blocked(step_ids), blocked(weights))
     if num_blocks == 1:
         columns, (out, maps) = one_block(columns, jax.tree.map(lambda x: x[0], inputs))
         out, maps = out[None], None if maps is None else maps[None]
@@ -138,39 +138,3 @@ def blockwise_attention(
         maps = jnp.moveaxis(maps, 0, 3).reshape(batch, heads, num_blocks * block, time)
         maps = maps[:, :, :time]
     return out, columns.reshape(batch, heads, time) if steps is not None else None, maps
-
-
-def cached_attention(
-    q_BTHD: Array,
-    k_BKUD: Array,
-    v_BKUD: Array,
-    cache_k_BKSD: Array,
-    cache_v_BKSD: Array,
-    cache_lengths: Int[Array, "batch"],
-) -> Array:
-    """Attention of a few new tokens over the first `cache_lengths` cache entries and themselves.
-
-    The cache is read only: the caller writes the new keys and values once for all layers, which
-    keeps that write in place.
-
-    Returns:
-      outputs `[batch, time, head, head_dim]`.
-    """
-    batch, time, heads, head_dim = q_BTHD.shape
-    kv_heads = k_BKUD.shape[1]
-    q = q_BTHD.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
-    scale = head_dim**-0.5
-    past = scale * jnp.einsum(
-        "BTKGD,BKSD->BKGTS", q, cache_k_BKSD, preferred_element_type=jnp.float32
-    )
-    filled = jnp.arange(cache_k_BKSD.shape[2])[None, :] < cache_lengths[:, None]
-    past = jnp.where(filled[:, None, None, None, :], past, MASKED)
-    own = scale * jnp.einsum("BTKGD,BKUD->BKGTU", q, k_BKUD, preferred_element_type=jnp.float32)
-    causal = jnp.arange(time)[:, None] >= jnp.arange(time)[None, :]
-    own = jnp.where(causal[None, None, None], own, MASKED)
-    attention = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
-    attention = attention.astype(v_BKUD.dtype)
-    past, own = jnp.split(attention, [cache_k_BKSD.shape[2]], axis=-1)
-    out = jnp.einsum("BKGTS,BKSD->BTKGD", past, cache_v_BKSD)
-    out = out + jnp.einsum("BKGTU,BKUD->BTKGD", own, v_BKUD)
-    return out.reshape(batch, time, heads, head_dim)

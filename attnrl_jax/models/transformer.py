@@ -18,10 +18,10 @@ from attnrl_jax.branching.importance import pool_columns, query_weights
 from attnrl_jax.models.attention import (
     StepWeights,
     blockwise_attention,
-    cached_attention,
     rotary_tables,
     rotate,
 )
+from attnrl_jax.models.cached_attention import cached_attention
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sharding import BATCH, constrain
 from attnrl_jax.types import ArrayLike
@@ -58,7 +58,7 @@ class _Context:
 
     cos: Array
     sin: Array
-    segment_ids: Array
+    visible_until: Array
     cache_lengths: Array | None
     steps: StepWeights | None
 
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         columns, maps = None, None
         if cache is None or context.cache_lengths is None:
             out, columns, maps = blockwise_attention(
-                q, k_BKTD, v_BKTD, context.segment_ids, config.block_length,
+                q, k_BKTD, v_BKTD, context.visible_until, config.block_length,
                 context.steps, self.keep_maps,
             )  # fmt: skip
         else:
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Array, "batch time"],
         positions: Int[Array, "batch time"],
-        segment_ids: Int[Array, "batch time"],
+        visible_until: Int[Array, "batch time"],
         *,
         cache: KeyValues | None = None,
         cache_lengths: Int[Array, "batch"] | None = None,
@@ -192,9 +192,10 @@ class Transformer(nn.Module):
         Args:
           tokens: ids.
           positions: rotary position of each token.
-          segment_ids: 0 for padding; a token sees earlier tokens of its own segment.
+          visible_until: query q sees key p exactly if p <= q < visible_until[p], in indices of
+            the time axis; 0 for padding.
           cache: keys and values of earlier tokens, of which the first `cache_lengths` count.
-            With a cache, `segment_ids` is not used: all given tokens follow the cached ones.
+            With a cache, `visible_until` is not used: all given tokens follow the cached ones.
           step_ids: range of each token (-1 padding); asks for `fci`.
           delta: least distance in ranges for `fci`.
           keep_key_values, keep_attention: ask for those outputs.
@@ -231,7 +232,7 @@ class Transformer(nn.Module):
         steps = None
         if step_ids is not None:
             steps = StepWeights(step_ids, jnp.asarray(query_weights(step_ids)), delta)
-        context = _Context(cos, sin, segment_ids, cache_lengths, steps)
+        context = _Context(cos, sin, visible_until, cache_lengths, steps)
         layers = nn.scan(
             nn.remat(Block, prevent_cse=False),
             variable_axes={"params": 0},
@@ -281,7 +282,9 @@ def forward(
     """
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.broadcast_to(index, tokens.shape)
-    segment_ids = (index < lengths[:, None]).astype(jnp.int32)
-    output = Transformer(config).apply({"params": params}, tokens, positions, segment_ids, **kwargs)
+    visible_until = jnp.where(index < lengths[:, None], lengths[:, None], 0)
+    output = Transformer(config).apply(
+        {"params": params}, tokens, positions, visible_until, **kwargs
+    )
     assert isinstance(output, Output)
     return output

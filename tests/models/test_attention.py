@@ -13,16 +13,18 @@ from attnrl_jax.branching.importance import query_weights
 from attnrl_jax.models.attention import (
     StepWeights,
     blockwise_attention,
-    cached_attention,
     rotary_tables,
     rotate,
 )
+from attnrl_jax.models.cached_attention import cached_attention
 from attnrl_jax.models.config import RopeScaling
+from tests.segments import segment_ends
 
 BATCH, TIME, HEADS, KV_HEADS, DIM = 2, 13, 4, 2, 6
 DELTA = 2
 # Row 0: two packed sequences and right padding. Row 1: left padding.
 SEGMENTS = np.array([[1] * 6 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 10], np.int32)
+VISIBLE_UNTIL = segment_ends(SEGMENTS)
 # Ranges of a row never go back; segments hide one from another.
 STEPS = np.array([[0, 0, 1, 2, 2, 3, 4, 5, 5, 6, 7, -1, -1], [0] * 4 + [1, 1, 2, 3, 3, 4, 5, 6, 6]])
 
@@ -59,7 +61,7 @@ def reference(q, k, v, segments, step_ids, delta):
 @partial(jax.jit, static_argnums=3)
 def attend(q, k, v, block: int):
     steps = StepWeights(jnp.asarray(STEPS), query_weights(jnp.asarray(STEPS)), DELTA)
-    return blockwise_attention(q, k, v, jnp.asarray(SEGMENTS), block, steps, keep_maps=True)
+    return blockwise_attention(q, k, v, jnp.asarray(VISIBLE_UNTIL), block, steps, keep_maps=True)
 
 
 @pytest.mark.parametrize("block", [1, 5, 13, 64])
@@ -102,7 +104,7 @@ def test_blocks_give_the_gradients_of_one_block():
 def test_nothing_extra_unless_asked():
     q, k, v = random_qkv()
     with jax.disable_jit():
-        outputs, columns, maps = blockwise_attention(q, k, v, jnp.asarray(SEGMENTS), 5)
+        outputs, columns, maps = blockwise_attention(q, k, v, jnp.asarray(VISIBLE_UNTIL), 5)
     assert columns is None
     assert maps is None
     np.testing.assert_allclose(outputs, attend(q, k, v, 5)[0], atol=1e-6)
@@ -111,7 +113,7 @@ def test_nothing_extra_unless_asked():
 def test_cache_equals_whole_sequence():
     """The last three tokens over a cache filled to different lengths, garbage behind."""
     q, k, v = random_qkv()
-    whole = blockwise_attention(q, k, v, jnp.ones((BATCH, TIME), jnp.int32), 64)[0]
+    whole = blockwise_attention(q, k, v, jnp.full((BATCH, TIME), TIME), 64)[0]
     new, lengths = 3, np.array([10, 6])
     rng = np.random.default_rng(2)
     cache_k = rng.normal(size=(BATCH, KV_HEADS, 16, DIM)).astype(np.float32) * 100
@@ -131,7 +133,7 @@ def test_empty_cache_sees_itself_only():
     q, k, v = random_qkv()
     cache = np.full((BATCH, KV_HEADS, 8, DIM), 1e4, np.float32)
     got = cached_attention(q, k, v, cache, cache, jnp.zeros(BATCH, jnp.int32))
-    whole = blockwise_attention(q, k, v, jnp.ones((BATCH, TIME), jnp.int32), 64)[0]
+    whole = blockwise_attention(q, k, v, jnp.full((BATCH, TIME), TIME), 64)[0]
     np.testing.assert_allclose(got, whole, atol=2e-6)
 
 

@@ -26,11 +26,12 @@ from attnrl_jax.models.transformer import (
     init_params,
     unembed,
 )
+from tests.segments import segment_ends
 
 
-def run(params, config, tokens, positions, segment_ids, **kwargs):
+def run(params, config, tokens, positions, visible_until, **kwargs):
     model = Transformer(config)
-    return model.apply({"params": params}, tokens, positions, segment_ids, **kwargs)
+    return model.apply({"params": params}, tokens, positions, visible_until, **kwargs)
 
 
 run_jitted = jax.jit(run, static_argnums=1, static_argnames=("keep_attention", "keep_key_values"))
@@ -46,7 +47,7 @@ def golden_outputs(model, jitted: bool):
     positions = np.concatenate([right, z["position_ids_left"]])
     segments = np.concatenate([z["mask_right"], z["mask_left"]])
     apply = run_jitted if jitted else run
-    inputs = map(jnp.asarray, (tokens, positions, segments))
+    inputs = map(jnp.asarray, (tokens, positions, segment_ends(segments)))
     output = apply(model.params, model.config, *inputs, keep_attention=True)
     return np.asarray(unembed(model.params, model.config, output.hidden)), output.attention
 
@@ -205,13 +206,13 @@ def packed_inputs(time: int = 24, vocab: int = 256):
     for start, end, segment in parts:
         segments[0, start:end] = segment
         positions[0, start:end] = np.arange(end - start)
-    return tokens, positions, segments, parts
+    return tokens, positions, segment_ends(segments), parts
 
 
 def test_packed_sequences_equal_separate_ones(model):
-    tokens, positions, segments, parts = packed_inputs()
+    tokens, positions, visible_until, parts = packed_inputs()
     apply = jax.jit(run, static_argnums=1)
-    hidden = apply(model.params, model.config, tokens, positions, segments).hidden
+    hidden = apply(model.params, model.config, tokens, positions, visible_until).hidden
     alone = np.zeros((3, 24), np.int32)
     for row, (start, end, _) in zip(alone, parts, strict=True):
         row[: end - start] = tokens[0, start:end]
@@ -224,7 +225,7 @@ def test_packed_sequences_equal_separate_ones(model):
 def test_scanned_equals_unrolled(golden_model):
     model = golden_model("qwen3")
     config = replace(model.config, block_length=7)
-    tokens, positions, segments = map(jnp.asarray, packed_inputs()[:3])
+    tokens, positions, visible_until = map(jnp.asarray, packed_inputs()[:3])
     step_ids = jnp.asarray(np.repeat(np.arange(8), 3)[None].repeat(2, 0))
     asked = dict(step_ids=step_ids, keep_attention=True, keep_key_values=True)
 
@@ -232,7 +233,7 @@ def test_scanned_equals_unrolled(golden_model):
     def unrolled(params):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, None)
         steps = StepWeights(step_ids, query_weights(step_ids), 4)
-        context = _Context(cos, sin, segments, None, steps)
+        context = _Context(cos, sin, visible_until, None, steps)
         x = params["embed_tokens"]["embedding"][tokens]
         carry, outputs = (x, jnp.zeros(tokens.shape)), []
         for i in range(config.num_layers):
@@ -243,7 +244,9 @@ def test_scanned_equals_unrolled(golden_model):
         key_values, maps = jax.tree.map(lambda *x: jnp.stack(x), *outputs)
         return hidden, key_values, maps, carry[1]
 
-    scanned = jax.jit(lambda p: run(p, config, tokens, positions, segments, **asked))(model.params)
+    scanned = jax.jit(lambda p: run(p, config, tokens, positions, visible_until, **asked))(
+        model.params
+    )
     expected = unrolled(model.params)
     got = (scanned.hidden, scanned.key_values, scanned.attention, scanned.fci)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
@@ -275,14 +278,14 @@ def test_causality_by_gradient(model):
 
 def test_blocks_equal_one_block_with_gradients(golden_model):
     model = golden_model("qwen3")
-    tokens, positions, segments, _ = packed_inputs()
+    tokens, positions, visible_until, _ = packed_inputs()
     step_ids = jnp.asarray(np.repeat(np.arange(8), 3)[None].repeat(2, 0))
 
     @partial(jax.jit, static_argnums=1)
     @partial(jax.value_and_grad, has_aux=True)
     def loss(params, block):
         config = replace(model.config, block_length=block)
-        out = run(params, config, tokens, positions, segments, step_ids=step_ids, delta=1)
+        out = run(params, config, tokens, positions, visible_until, step_ids=step_ids, delta=1)
         logits = unembed(params, config, out.hidden)
         logprobs = jax.nn.log_softmax(logits)[:, :-1]
         taken = jnp.take_along_axis(logprobs, jnp.asarray(tokens)[:, 1:, None], axis=-1)
