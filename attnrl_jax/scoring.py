@@ -8,92 +8,146 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.models.transformer import forward, unembed
-from attnrl_jax.shapes import bucket_length, pad_rows
+from attnrl_jax.models.transformer import Output, Transformer, unembed
+from attnrl_jax.packing import Layout, batch_slices, pack_paths, take_sequences
 from attnrl_jax.sharding import BATCH, constrain
-from attnrl_jax.types import ArrayLike, Scores
+from attnrl_jax.types import ArrayLike, PackedTokens, Paths, Scores
+
+
+def packed_forward(params: Any, config: ModelConfig, packed: PackedTokens, **kwargs: Any) -> Output:
+    """Forward pass of packed tokens; `kwargs` as in `Transformer.__call__`."""
+    output = Transformer(config).apply(
+        {"params": params}, packed.tokens, packed.positions, packed.visible_until,
+        layout=packed.layout, **kwargs,
+    )  # fmt: skip
+    assert isinstance(output, Output)
+    return output
 
 
 def token_logprobs(
     params: Any,
     config: ModelConfig,
     hidden: Float[Array, "batch time width"],
-    tokens: Int[ArrayLike, "batch time"],
+    packed: PackedTokens,
+    wanted: Bool[Array, "batch time"],
     temperature: Float[Array, ""] | float,
     *,
     chunk_length: int = 256,
     with_entropy: bool = False,
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"] | None]:
-    """Log-probability of each token given those before it, chunked over time.
+    """Log-probability of each token given those before it on its path.
 
-    Logits exist for `chunk_length` positions at a time, in the backward pass too (they are
-    recomputed), so that `[batch, time, vocab]` is never held.
+    Tokens whose value is wanted are moved to the front of their sequence, and logits exist for
+    `chunk_length` places at a time, in the backward pass too (they are recomputed): neither is
+    `[batch, time, vocab]` ever held, nor is anything computed for chunks of prompts and padding.
 
     Args:
       params: parameter pytree.
       config: the model.
-      hidden: last hidden states of `tokens`.
-      tokens: ids.
+      hidden: last hidden states of `packed`.
+      packed: the tokens, and where the token before each lies.
+      wanted: tokens whose values are asked for.
       temperature: divides the logits.
-      chunk_length: positions per chunk.
+      chunk_length: places per chunk.
       with_entropy: also return the entropy of each token's distribution.
 
     Returns:
-      `(logprobs, entropy)` in nats, float32; 0 for the first token. Entropy is None if not
-      asked for.
+      `(logprobs, entropy)` in nats, float32; 0 where not wanted. Entropy is None if not asked for.
     """
-    batch, time = tokens.shape
-    predictions = time - 1
-    chunk = min(chunk_length, max(predictions, 1))
-    num_chunks = max(-(-predictions // chunk), 1)
-    padding = num_chunks * chunk - predictions
+    batch, time = packed.tokens.shape
+    chunk = min(chunk_length, time)
+    num_chunks = -(-time // chunk)
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    previous = jnp.take_along_axis(packed.previous, order, axis=1)
 
     def chunked(x):
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
 
-    def one_chunk(inputs):
-        states, targets = inputs
+    def values(states, targets):
         logits = unembed(params, config, states) / temperature
         logits = constrain(logits, BATCH, None, "tensor")
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         if not with_entropy:
-            return chosen - normalizer, None
+            return (chosen - normalizer,)
         mean_logit = jnp.sum(jnp.exp(logits - normalizer[..., None]) * logits, axis=-1)
         return chosen - normalizer, normalizer - mean_logit
 
-    inputs = (chunked(hidden[:, :-1]), chunked(tokens[:, 1:]))
-    if num_chunks == 1:
-        outputs = jax.tree.map(lambda x: x[None], one_chunk(jax.tree.map(lambda x: x[0], inputs)))
-    else:
-        outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), inputs)
+    def nothing(states, targets):
+        return (jnp.zeros(targets.shape, jnp.float32),) * (1 + with_entropy)
+
+    def one_chunk(inputs):
+        states, targets, is_wanted = inputs
+        return jax.lax.cond(jnp.any(is_wanted), values, nothing, states, targets)
+
+    inputs = (
+        chunked(jnp.take_along_axis(hidden, previous[..., None], axis=1)),
+        chunked(jnp.take_along_axis(packed.tokens, order, axis=1)),
+        chunked(jnp.take_along_axis(wanted, order, axis=1)),
+    )
+    outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), inputs)
+    back = jnp.argsort(order, axis=1)
 
     def whole(x):
-        x = jnp.moveaxis(x, 0, 1).reshape(batch, num_chunks * chunk)[:, :predictions]
-        return jnp.pad(x, [(0, 0), (1, 0)])
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, num_chunks * chunk)[:, :time]
+        return jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
 
-    logprobs, entropy = jax.tree.map(whole, outputs)
-    return logprobs, entropy
+    logprobs, *entropy = map(whole, outputs)
+    return logprobs, entropy[0] if with_entropy else None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "delta", "with_fci", "chunk_length"))
+@functools.partial(jax.jit, static_argnames=("config", "delta", "chunk_length"))
+def score_packed(
+    params: Any,
+    config: ModelConfig,
+    packed: PackedTokens,
+    wanted: Bool[Array, "batch time"],
+    step_ids: Int[Array, "batch time"] | None,
+    temperature: Float[Array, ""] | float = 1.0,
+    *,
+    delta: int = 4,
+    chunk_length: int = 256,
+) -> Scores:
+    """Scores packed tokens in one forward pass.
+
+    Args:
+      params: parameter pytree.
+      config: the model.
+      packed: the tokens.
+      wanted: tokens whose log-probability and entropy are asked for; 0 elsewhere.
+      step_ids: range of each token, ascending through all rows of a sequence, -1 for padding; asks
+        for `fci`, of these ranges. Rows must then be packed one by one. Without it `fci` is zeros.
+      temperature: of sampling; divides the logits.
+      delta: least distance in steps for forward context influence (paper: 4).
+      chunk_length: places whose logits exist at once.
+    """
+    output = packed_forward(params, config, packed, step_ids=step_ids, delta=delta)
+    logprobs, entropy = token_logprobs(
+        params, config, output.hidden, packed, wanted, temperature,
+        chunk_length=chunk_length, with_entropy=True,
+    )  # fmt: skip
+    fci = jnp.zeros(wanted.shape, jnp.float32) if output.fci is None else output.fci
+    assert entropy is not None
+    return Scores(logprobs, entropy, fci)
+
+
 def score(
     params: Any,
     config: ModelConfig,
-    tokens: Int[Array, "batch time"],
-    lengths: Int[Array, "batch"],
-    step_ids: Int[Array, "batch time"],
+    tokens: Int[ArrayLike, "batch time"],
+    lengths: Int[ArrayLike, "batch"],
+    step_ids: Int[ArrayLike, "batch time"],
     temperature: Float[Array, ""] | float = 1.0,
     *,
     delta: int = 4,
     with_fci: bool = True,
     chunk_length: int = 256,
 ) -> Scores:
-    """Scores right-padded sequences in one forward pass.
+    """Scores right-padded sequences, a row each, in one forward pass.
 
     Args:
       params: parameter pytree.
@@ -105,79 +159,97 @@ def score(
       delta: least distance in steps for forward context influence (paper: 4).
       with_fci: without it `fci` is zeros and the column sums are not computed.
       chunk_length: positions whose logits exist at once.
+
+    Returns:
+      log-probabilities and entropies of all tokens, 0 for the first and for padding.
     """
-    output = forward(
-        params, config, tokens, lengths, step_ids=step_ids if with_fci else None, delta=delta
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    lengths = jnp.asarray(lengths)[:, None]
+    packed = PackedTokens(
+        tokens=jnp.asarray(tokens),
+        positions=index,
+        visible_until=jnp.where(index < lengths, lengths, 0),
+        previous=jnp.maximum(index - 1, 0),
+        layout="single",
     )
-    logprobs, entropy = token_logprobs(
-        params,
-        config,
-        output.hidden,
-        tokens,
-        temperature,
-        chunk_length=chunk_length,
-        with_entropy=True,
-    )
-    inside = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    fci = jnp.zeros(tokens.shape, jnp.float32) if output.fci is None else output.fci
-    assert entropy is not None
-    return Scores(jnp.where(inside, logprobs, 0.0), jnp.where(inside, entropy, 0.0), fci)
+    return score_packed(
+        params, config, packed, (index > 0) & (index < lengths), step_ids if with_fci else None,
+        temperature, delta=delta, chunk_length=chunk_length,
+    )  # fmt: skip
 
 
 def score_rows(
     params: Any,
     config: ModelConfig,
     tokens: Int[np.ndarray, "row time"],
-    lengths: Int[np.ndarray, "row"],
-    step_ids: Int[np.ndarray, "row time"],
+    paths: Paths,
+    wanted: Bool[np.ndarray, "row time"],
+    step_ids: Int[np.ndarray, "row time"] | None,
     temperature: float,
     *,
-    delta: int,
-    with_fci: bool,
-    batch_rows: int,
-    length_multiple: int,
+    delta: int = 4,
+    batch_tokens: int,
+    pack_length: int,
     sharding: jax.sharding.Sharding | None = None,
     row_multiple: int = 1,
 ) -> Scores:
-    """`score` for any number of host rows, in batches of a few fixed shapes.
+    """Scores any number of host rows, packed into batches of a few fixed shapes.
 
-    Rows are sorted by length, so that short ones share short batches; results come back in the
-    given order as host arrays of the given width.
+    What rows share is computed once, unless `fci` is asked for: a row's column sums are those of
+    its own queries alone.
 
     Args:
       params: parameter pytree.
       config: the model.
-      tokens, lengths, step_ids, temperature, delta, with_fci: as in `score`.
-      batch_rows: rows of one batch; the last one is padded with empty rows.
-      length_multiple: widths are rounded up to it.
-      sharding: of a batch's rows over devices.
-      row_multiple: rows of a batch are rounded up to it.
+      tokens: prompt and response.
+      paths: of these rows.
+      wanted: tokens whose log-probability and entropy are asked for; the rest are 0.
+      step_ids: range of each token, -1 for padding; asks for `fci`. None: it is zeros.
+      temperature: of sampling; divides the logits.
+      delta: least distance in steps for forward context influence.
+      batch_tokens: padded tokens of one batch, at most (`row_multiple` sequences at least).
+      pack_length: tokens of a sequence.
+      sharding: of a batch's sequences over devices.
+      row_multiple: sequences of a batch are a multiple of it.
+
+    Returns:
+      host arrays of the given rows and width.
     """
-    batch_rows = bucket_length(batch_rows, row_multiple)
-    rows, time = tokens.shape
-    result = Scores(*(np.zeros((rows, time), np.float32) for _ in range(3)))
-    order = np.argsort(lengths, kind="stable")
+    layout = pack_paths(paths, pack_length, share=step_ids is None)
+    ranges = None if step_ids is None else _continuous_ranges(layout, step_ids)
+    inputs = (layout.packed_tokens(tokens), layout.gather(wanted), ranges)
     pending = []
-    for start in range(0, rows, batch_rows):
-        chosen = order[start : start + batch_rows]
-        width = bucket_length(int(lengths[chosen].max()), length_multiple)
-        batch = (
-            pad_rows(tokens[chosen], batch_rows, width, 0),
-            pad_rows(lengths[chosen], batch_rows, None, 0),
-            pad_rows(step_ids[chosen], batch_rows, width, -1),
-        )
-        if sharding is not None:
-            batch = jax.device_put(batch, sharding)
-        pending.append(
-            (chosen, score(params, config, *batch, temperature, delta=delta, with_fci=with_fci))
-        )
+    for part in batch_slices(len(layout.row), pack_length, batch_tokens, row_multiple):
+        batch = jax.device_put(take_sequences(inputs, part), sharding)
+        pending.append(score_packed(params, config, *batch, temperature, delta=delta))
     # Read back only after everything is dispatched.
-    for chosen, scores in pending:
-        for target, source in zip(
-            (result.logprobs, result.entropy, result.fci),
-            jax.device_get((scores.logprobs, scores.entropy, scores.fci)),
-            strict=True,
-        ):
-            width = min(time, source.shape[1])
-            target[chosen, :width] = source[: len(chosen), :width]
-    return result
+    scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(pending))
+    time = tokens.shape[1]
+    fci = np.zeros(tokens.shape, np.float32)
+    if step_ids is not None and ranges is not None:
+        fci = _ranges_of_rows(scores.fci, layout, ranges, step_ids)
+    return Scores(
+        np.where(wanted, layout.spread(scores.logprobs, time), 0.0),
+        np.where(wanted, layout.spread(scores.entropy, time), 0.0),
+        fci,
+    )
+
+
+def _continuous_ranges(layout: Layout, step_ids: np.ndarray) -> np.ndarray:
+    """Ranges of each sequence, numbered through its rows; -1 for padding."""
+    packed = layout.gather(step_ids, -1)
+    begins = np.ones(packed.shape, bool)
+    begins[:, 1:] = (packed[:, 1:] != packed[:, :-1]) | (layout.row[:, 1:] != layout.row[:, :-1])
+    return np.where(layout.row >= 0, np.cumsum(begins, axis=1) - 1, -1).astype(np.int32)
+
+
+def _ranges_of_rows(
+    packed: np.ndarray, layout: Layout, ranges: np.ndarray, step_ids: np.ndarray
+) -> np.ndarray:
+    """Values by packed range as values by range of each row; 0 for ranges past its last."""
+    capacity = layout.row.shape[1]
+    begin = layout.offsets[:, -1:]
+    first = begin // capacity * capacity + ranges.reshape(-1)[begin]
+    index = np.arange(step_ids.shape[1])[None, :]
+    inside = index <= step_ids.max(axis=1, keepdims=True)
+    return np.where(inside, packed.reshape(-1)[np.where(inside, first + index, 0)], 0.0)

@@ -66,7 +66,9 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+def fit_spec(
+    spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> PartitionSpec:
     """Drops mesh axes that do not divide their array axis (small models, odd vocabularies)."""
     fitted = []
     for axis, names in enumerate(spec):
@@ -83,7 +85,7 @@ def _path_name(path: tuple[Any, ...]) -> str:
 def _parameter_spec(path: tuple[Any, ...], leaf: Any, sizes: Mapping[str, int]) -> PartitionSpec:
     name = _path_name(path)
     spec = next(spec for pattern, spec in PARAMETER_SPECS if re.search(pattern, name))
-    return PartitionSpec() if len(spec) > len(leaf.shape) else _fit(spec, leaf.shape, sizes)
+    return PartitionSpec() if len(spec) > len(leaf.shape) else fit_spec(spec, leaf.shape, sizes)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -129,5 +131,5 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    fitted = _fit(PartitionSpec(*spec), x.shape, dict(mesh.shape))
+    fitted = fit_spec(PartitionSpec(*spec), x.shape, dict(mesh.shape))
     return jax.lax.with_sharding_constraint(x, fitted)

@@ -3,8 +3,8 @@
 Axis names in signatures (jaxtyping) and what they count:
 
     batch      sequences of one device batch
-    row        sequences of a whole training step, on the host
-    time       tokens of prompt and response, right padded
+    row        responses of a whole training step, on the host
+    time       tokens of prompt and response, right padded; or of several rows in one sequence
     vocab      vocabulary ids
     width      model width (residual stream)
     layer, head, kv_head, head_dim
@@ -82,21 +82,77 @@ class Scores:
 
 
 @struct.dataclass
-class TrainRows:
-    """Rows of the policy-gradient update.
+class Paths:
+    """What rows have in common; host arrays.
+
+    Rows of one problem share its prompt. Of these, rows of one root share more: as many tokens
+    as both of them share with the root. The root itself need not be among the rows.
 
     Attributes:
-      tokens: prompt and response, right padded.
-      length: tokens of prompt and response; 0 marks a padding row.
-      mask: 1 for tokens that are trained on (response tokens), else 0.
-      advantages: advantage of each token.
-      behaviour_logprobs: log-probability under the parameters that sampled the token.
-      reference_logprobs: log-probability under the reference policy (zeros when beta is 0).
+      prompt_length: tokens of the prompt.
+      length: tokens of prompt and response.
+      problem, root: any numbers that tell problems, and the roots of a problem, from each other.
+      shared: tokens, counted from the first of the prompt, that the row shares with its root:
+        all of an initial response, which is its own root.
+    """
+
+    prompt_length: Int[np.ndarray, "row"]
+    length: Int[np.ndarray, "row"]
+    problem: Int[np.ndarray, "row"]
+    root: Int[np.ndarray, "row"]
+    shared: Int[np.ndarray, "row"]
+
+
+@struct.dataclass
+class PackedTokens:
+    """Rows packed into sequences (`attnrl_jax.packing`), as the model takes them.
+
+    Attributes:
+      tokens: ids; 0 for padding.
+      positions: index of each token in its row.
+      visible_until: query q sees key p exactly if p <= q < visible_until[p].
+      previous: where in the sequence the token before lies, whose hidden state predicts this one.
+      layout: what `visible_until` is promised to be, as `Transformer.__call__` has it.
     """
 
     tokens: Int[ArrayLike, "batch time"]
-    length: Int[ArrayLike, "batch"]
+    positions: Int[ArrayLike, "batch time"]
+    visible_until: Int[ArrayLike, "batch time"]
+    previous: Int[ArrayLike, "batch time"]
+    layout: str = struct.field(pytree_node=False, default="tree")
+
+
+@struct.dataclass
+class TrainRows:
+    """Rows of the policy-gradient update; host arrays.
+
+    Attributes:
+      tokens: prompt and response, right padded.
+      paths: lengths, and what rows share.
+      advantages: advantage of each response token.
+      behaviour_logprobs: log-probability under the parameters that sampled the token.
+    """
+
+    tokens: Int[np.ndarray, "row time"]
+    paths: Paths
+    advantages: Float[np.ndarray, "row time"]
+    behaviour_logprobs: Float[np.ndarray, "row time"]
+
+
+@struct.dataclass
+class TrainBatch:
+    """Packed tokens of one micro-batch of the update.
+
+    Attributes:
+      packed: what the model is given.
+      mask: rows in which the token is trained on, 0 for prompts and padding.
+      weights: of the token in the loss, before the denominator (`mask` in a mean over tokens).
+      advantages: advantage of each token.
+      behaviour_logprobs: log-probability under the parameters that sampled the token.
+    """
+
+    packed: PackedTokens
     mask: Float[ArrayLike, "batch time"]
+    weights: Float[ArrayLike, "batch time"]
     advantages: Float[ArrayLike, "batch time"]
     behaviour_logprobs: Float[ArrayLike, "batch time"]
-    reference_logprobs: Float[ArrayLike, "batch time"]

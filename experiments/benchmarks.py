@@ -184,9 +184,8 @@ def sampler_config(parts: Sequence[Part], slots: int) -> SamplerConfig:
     return SamplerConfig(
         slots=slots,
         length_bucket=bucket,
-        # Most responses are far shorter than the longest allowed: attention reads the cache only
-        # as far as it is filled, at the price of a program per 1,024 tokens.
-        attend_bucket=1024 if longest > 2048 else 0,
+        # Most responses are far shorter than the longest allowed.
+        attend_parts=8 if longest > 2048 else 4,
         cache_length=bucket_length(longest, bucket),
     )
 

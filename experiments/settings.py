@@ -34,11 +34,16 @@ class ModelSettings:
         project.
       dtype: of scoring, sampling and updates, `float32` or `bfloat16`; parameters are float32.
       tokenizer: `auto` (the folder's files; bytes where it has none) or `bytes`.
+      attention, block_length, remat: how attention is computed and what the backward pass
+        recomputes, as in `models.config.ModelConfig`; they change speed and memory only.
     """
 
     path: str = ""
     dtype: str = "float32"
     tokenizer: str = "auto"
+    attention: str = "auto"
+    block_length: int = 512
+    remat: str = "attention"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from attnrl_jax.datasets.names import is_prepared_folder, read_held_out, resolve
 from attnrl_jax.datasets.preparation import Prepared, only_overlap, prepare
 from attnrl_jax.datasets.prepared import find_prepared, open_prepared, read_metadata
 from attnrl_jax.datasets.stream import ProblemStream
+from attnrl_jax.models.attention import check_platform
 from attnrl_jax.models.config import ModelConfig, read_config
 from attnrl_jax.models.transformer import init_params
 from attnrl_jax.models.weights import load_params
@@ -72,7 +74,14 @@ def load_policy(settings: Settings, mesh: Mesh) -> Policy:
       ModelError, ValueError: the folder cannot be used, or is too short for the budgets.
     """
     folder = model_folder(settings.model.path) if settings.model.path else shipped_policy()
-    model = read_config(folder, settings.model.dtype)
+    chosen = settings.model
+    model = replace(
+        read_config(folder, chosen.dtype),
+        attention=chosen.attention,
+        block_length=chosen.block_length,
+        remat=chosen.remat,
+    )
+    check_platform(model.attention, mesh.devices.flat[0].platform)
     needed = settings.train.prompt_budget + settings.train.response_budget
     if needed > model.max_length:
         raise SettingError(

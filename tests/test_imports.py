@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attnrl_jax"
 
-BELOW_MODELS = {"types", "shapes", "sharding", "branching", "algorithms"}
+BELOW_MODELS = {"types", "shapes", "sharding", "branching", "algorithms", "packing"}
 BELOW_TRAINING = BELOW_MODELS | {
     "models", "sampling", "scoring", "tasks", "datasets", "evaluation"
 }  # fmt: skip
@@ -18,6 +18,7 @@ BELOW_TRAINING = BELOW_MODELS | {
 MAY_IMPORT = {
     "types": set(),
     "shapes": set(),
+    "packing": {"types", "shapes"},
     "branching": {"types"},
     "algorithms": {"types", "branching"},
     "sharding": {"types"},

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.models.transformer import forward, init_params
-from attnrl_jax.scoring import score, score_rows, token_logprobs
+from attnrl_jax.models.transformer import init_params
+from attnrl_jax.packing import row_paths
+from attnrl_jax.scoring import packed_forward, score, score_rows, token_logprobs
+from attnrl_jax.training.rollout import empty_rollouts, own_tokens
+from attnrl_jax.types import PackedTokens
 from tests.golden_data import load_json, load_npz
+from tests.trees import random_rollouts
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -68,40 +72,110 @@ def test_scored_fci_is_golden_fci(golden_model):
     assert checked > 0
 
 
-def test_rows_in_batches_equal_rows_alone(golden_model):
-    """Sorting, padding and batching change no number, and results come back in order."""
+def alone(model, rows, row, delta=1, with_fci=True):
+    """The readable path: one row, right padded to the width that all share."""
+    return score(
+        model.params, model.config, rows.tokens[row : row + 1], rows.length[row : row + 1],
+        rows.step_ids[row : row + 1], delta=delta, with_fci=with_fci,
+    )  # fmt: skip
+
+
+def test_packed_rows_equal_rows_alone(golden_model):
+    """Packing, padding and batching change no number, and results come back in order: FCI of every
+    range, and values of exactly the tokens that were asked for."""
     golden = golden_model("qwen2_tied")
     _, tokens, lengths, step_ids = fci_rows("qwen2_tied")
-    batched = score_rows(
-        golden.params, golden.config, tokens, lengths, step_ids, 1.0,
-        delta=1, with_fci=True, batch_rows=2, length_multiple=64,
+    rows = empty_rollouts(*tokens.shape)
+    for name, value in (("tokens", tokens), ("length", lengths), ("step_ids", step_ids)):
+        getattr(rows, name)[:] = value
+    rows.problem[:] = np.arange(len(lengths))
+    rows.prompt_length[:] = (step_ids == 0).sum(axis=1)
+    wanted = own_tokens(rows)
+    wanted[1, lengths[1] - 3 :] = False
+    time = tokens.shape[1]
+    packed = score_rows(
+        golden.params, golden.config, tokens, row_paths(rows, np.ones(len(lengths), bool)), wanted,
+        step_ids, 1.0, delta=1, batch_tokens=2 * 2 * time, pack_length=2 * time,
     )  # fmt: skip
-    for row, length in enumerate(lengths):
-        alone = score(
-            golden.params, golden.config, tokens[row : row + 1, :length],
-            lengths[row : row + 1], step_ids[row : row + 1, :length], delta=1,
-        )  # fmt: skip
-        for name in ("logprobs", "entropy", "fci"):
-            np.testing.assert_allclose(
-                getattr(batched, name)[row, :length], getattr(alone, name)[0], atol=1e-4
-            )
+    for row in range(len(lengths)):
+        expected = alone(golden, rows, row)
+        for name in ("logprobs", "entropy"):
+            values = np.where(wanted[row], getattr(expected, name)[0], 0)
+            np.testing.assert_allclose(getattr(packed, name)[row], values, 1e-5, 1e-5)
+        np.testing.assert_allclose(packed.fci[row], expected.fci[0], atol=1e-5)
+    assert packed.fci.max() > 0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_continuations_scored_as_trees_equal_rows_alone(golden_model, seed):
+    """Their roots are not among them, and what they share is computed once."""
+    golden = golden_model("qwen2_tied")
+    whole = random_rollouts(np.random.default_rng(seed))
+    continued = whole.root != np.arange(len(whole.root))
+    rows = jax.tree.map(lambda x: x[continued], whole)
+    wanted = own_tokens(rows)
+    packed = score_rows(
+        golden.params, golden.config, rows.tokens, row_paths(rows, np.zeros(continued.sum(), bool)),
+        wanted, None, 1.0, batch_tokens=64, pack_length=64,
+    )  # fmt: skip
+    for row in range(len(rows.length)):
+        expected = alone(golden, rows, row, with_fci=False)
+        for name in ("logprobs", "entropy"):
+            values = np.where(wanted[row], getattr(expected, name)[0], 0)
+            np.testing.assert_allclose(getattr(packed, name)[row], values, 1e-5, 1e-5)
+    assert not packed.fci.any()
+
+
+def as_packed(tokens):
+    """Whole rows, one a sequence."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return PackedTokens(tokens, index, index * 0 + tokens.shape[1], jnp.maximum(index - 1, 0))
+
+
+VOCAB = 263
+PRIME = ModelConfig("qwen2", VOCAB, 64, 2, 4, 2, 16, 128, tie_embeddings=True)
 
 
 def test_logits_of_the_whole_sequence_never_exist():
     """Not in float32, neither forward nor backward: only a chunk's."""
-    batch, time, vocab, chunk = 2, 128, 263, 16
-    config = ModelConfig("qwen2", vocab, 64, 2, 4, 2, 16, 128, tie_embeddings=True)
-    params = init_params(config, jax.random.key(0))
-    tokens = jnp.zeros((batch, time), jnp.int32)
-    lengths = jnp.full((batch,), time)
+    batch, time, chunk = 2, 128, 16
+    params = init_params(PRIME, jax.random.key(0))
+    packed = as_packed(jnp.zeros((batch, time), jnp.int32))
 
     def loss(params):
-        hidden = forward(params, config, tokens, lengths).hidden
-        return token_logprobs(params, config, hidden, tokens, 1.0, chunk_length=chunk)[0].sum()
+        hidden = packed_forward(params, PRIME, packed).hidden
+        wanted = packed.positions > 0
+        logprobs, _ = token_logprobs(params, PRIME, hidden, packed, wanted, 1.0, chunk_length=chunk)
+        return logprobs.sum()
 
     text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)}
     # The vocabulary is a prime that nothing else has: these are logits or embeddings.
-    with_vocab = [s for s in shapes if vocab in s]
-    assert max(np.prod(s) for s in with_vocab) <= max(batch * chunk, config.width) * vocab
-    assert any(np.prod(s) == batch * chunk * vocab for s in with_vocab)
+    with_vocab = [s for s in shapes if VOCAB in s]
+    assert max(np.prod(s) for s in with_vocab) <= max(batch * chunk, PRIME.width) * VOCAB
+    assert any(np.prod(s) == batch * chunk * VOCAB for s in with_vocab)
+
+
+def test_chunks_without_a_wanted_token_are_left_out():
+    """Values of wanted tokens move to the front. Hidden states of all others are not a number here,
+    in the chunks that are left out and in those that are not."""
+    rng = np.random.default_rng(0)
+    params = init_params(PRIME, jax.random.key(0))
+    packed = as_packed(jnp.asarray(rng.integers(0, VOCAB, (2, 40)), jnp.int32))
+    wanted = jnp.asarray(rng.random((2, 40)) < 0.3).at[:, 0].set(False)
+    hidden = jnp.asarray(rng.normal(size=(2, 40, 64)), jnp.float32)
+    needed = jnp.roll(wanted, -1, axis=1)[..., None]
+
+    def run(hidden, wanted):
+        return token_logprobs(
+            params, PRIME, hidden, packed, wanted, 1.0, chunk_length=8, with_entropy=True
+        )
+
+    one, other = run(hidden, wanted), run(hidden, jnp.ones_like(wanted))
+    for some, every in zip(one, other, strict=True):
+        np.testing.assert_allclose(some, jnp.where(wanted, every, 0), atol=1e-5)
+    slope = jax.grad(lambda h: run(h, wanted)[0].sum())(hidden)
+    np.testing.assert_array_equal(jnp.where(needed, 0, slope), 0)
+    assert np.abs(slope).sum() > 0
+    spoiled = run(jnp.where(needed, hidden, jnp.nan), wanted)
+    jax.tree.map(np.testing.assert_array_equal, spoiled, one)

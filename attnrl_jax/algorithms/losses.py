@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from attnrl_jax.types import ArrayLike
@@ -83,7 +82,7 @@ class LossMetrics:
 
     Attributes:
       policy_loss, kl_loss: the two terms, aggregated; the loss is policy_loss + beta · kl_loss.
-      tokens: tokens trained on.
+      tokens: tokens trained on; one that rows share counts once a row, here and below.
       clipped, dual_clipped: how many of them met the clip or the dual clip.
       approx_kl: sum over tokens of log p_behaviour - log p, nats.
       reference_kl: sum over tokens of the k3 estimate of KL(policy, reference), nats.
@@ -116,6 +115,7 @@ def policy_loss(
     mask: Float[ArrayLike, "batch time"],
     config: LossConfig,
     denominator: Float[ArrayLike, ""] | float | None = None,
+    weights: Float[ArrayLike, "batch time"] | None = None,
 ) -> tuple[Float[Array, ""], LossMetrics]:
     """Loss of a (micro-)batch. Per token, with r = exp(clip(logp - logp_behaviour, ±20)),
 
@@ -130,10 +130,12 @@ def policy_loss(
       behaviour_logprobs: under the parameters that sampled each token.
       reference_logprobs: under the reference policy; None, or `kl_beta` 0, leaves out the penalty.
       advantages: of each token.
-      mask: 1 for tokens that are trained on; a weight is allowed.
+      mask: 1 for tokens that are trained on, or the number of rows that share the token.
       config: settings.
       denominator: what the aggregation divides by: tokens of the whole mini-batch for
         "token-mean", its sequences for the sequence means. By default those of this batch.
+      weights: of each token in the sum that is divided. By default `aggregation_weights`, for
+        sequences that lie in one row each; what lies in a row is then one sequence.
 
     Returns:
       The loss, and metrics that add up over micro-batches.
@@ -151,8 +153,15 @@ def policy_loss(
     if reference_logprobs is not None and config.kl_beta > 0:
         token_kl = k3(logprobs, reference_logprobs)
 
-    policy_term = _aggregate(token_loss, mask, config.aggregation, denominator)
-    kl_term = _aggregate(token_kl, mask, config.aggregation, denominator)
+    if weights is None:
+        weights = aggregation_weights(mask, config.aggregation)
+    if denominator is None and config.aggregation == "token-mean":
+        denominator = jnp.sum(mask)
+    elif denominator is None:
+        # Rows without a token are padding and no sequences.
+        denominator = jnp.sum(jnp.any(mask > 0, axis=-1))
+    policy_term = masked_mean(token_loss, weights, denominator)
+    kl_term = masked_mean(token_kl, weights, denominator)
 
     def token_sum(x: ArrayLike) -> Float[Array, ""]:
         return jax.lax.stop_gradient(masked_mean(jnp.asarray(x, mask.dtype), mask, 1.0))
@@ -169,10 +178,29 @@ def policy_loss(
     return policy_term + config.kl_beta * kl_term, metrics
 
 
+def aggregation_weights(
+    mask: Float[ArrayLike, "row time"], aggregation: str
+) -> Float[ArrayLike, "row time"]:
+    """Weight of each token, so that every aggregation is one weighted sum over a denominator:
+
+        token-mean          sum over tokens / tokens
+        seq-mean-token-sum  sum over tokens / sequences
+        seq-mean-token-mean sum over tokens of 1 / (tokens of its sequence) / sequences
+
+    Args:
+      mask: 1 for tokens that are trained on; a sequence a row.
+      aggregation: of `LossConfig`.
+    """
+    if aggregation != "seq-mean-token-mean":
+        return mask
+    xp = mask.__array_namespace__()
+    return mask / xp.maximum(xp.sum(mask, axis=-1, keepdims=True), 1e-8)
+
+
 def loss_denominator(
     config: LossConfig,
-    mini_batch_mask: Float[np.ndarray, "row time"],
-    micro_batch_mask: Float[np.ndarray, "batch time"],
+    mini_batch: tuple[float, int],
+    micro_batch: tuple[float, int],
     nominal_rows: int,
 ) -> float:
     """What `policy_loss` of a micro-batch divides by, so that micro-batches add up as they should.
@@ -182,14 +210,13 @@ def loss_denominator(
 
     Args:
       config: settings.
-      mini_batch_mask: of all rows of the optimizer update.
-      micro_batch_mask: of the rows at hand; rows without a token are padding.
+      mini_batch: tokens trained on in all rows of the optimizer update, and rows that have any.
+      micro_batch: the same of the rows at hand.
       nominal_rows: rows a mini-batch is meant to have.
     """
     own = config.mean_over == "micro-batch"
-    mask = micro_batch_mask if own else mini_batch_mask
-    rows = int(np.count_nonzero(mask.sum(axis=1)))
-    counted = float(mask.sum()) if config.aggregation == "token-mean" else float(rows)
+    tokens, rows = micro_batch if own else mini_batch
+    counted = float(tokens) if config.aggregation == "token-mean" else float(rows)
     return counted * nominal_rows / max(rows, 1) if own else counted
 
 
@@ -203,19 +230,3 @@ def k3(
     """
     d = jnp.clip(reference_logprobs - logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return jnp.clip(jnp.exp(d) - d - 1.0, -KL_BOUND, KL_BOUND)
-
-
-def _aggregate(
-    x: Float[ArrayLike, "batch time"],
-    mask: Float[ArrayLike, "batch time"],
-    aggregation: str,
-    denominator: Float[ArrayLike, ""] | float | None,
-) -> Float[Array, ""]:
-    """One number of a batch, by `LossConfig.aggregation`."""
-    if aggregation == "token-mean":
-        return masked_mean(x, mask, denominator)
-    per_sequence = 1.0 if aggregation == "seq-mean-token-sum" else None
-    sequence = masked_mean(x, mask, per_sequence, axis=-1)
-    # Rows without a token are padding and no sequences.
-    is_sequence = jnp.any(mask > 0, axis=-1).astype(x.dtype)
-    return masked_mean(sequence, is_sequence, denominator)

@@ -1,140 +1,291 @@
-"""Causal attention of whole sequences, blockwise over queries.
+"""Causal attention of whole sequences: one function, several routes to the same numbers.
 
-Suffixes name the axes: B batch, T query time, U key time, H heads, K key/value heads,
-G query heads of one key/value head, D head_dim.
+Query q sees key p exactly if p <= q < visible_until[p]. That one interval per key covers padding on
+either side (an empty one), sequences packed behind each other (to the end of the sequence) and
+trees laid out depth first (to the end of what hangs below the key).
+
+| route | where | what it needs |
+|---|---|---|
+| `blockwise` | everywhere | nothing; any layout |
+| `splash` | TPU | rows, not trees; a length that is a multiple of 128 |
+| `cudnn` | NVIDIA GPU | single right-padded rows; bfloat16; head_dim a multiple of 8, at most 128 |
+| `plain` | everywhere | memory for the whole map: the reference, and the quadratic comparison |
+
+`auto` takes the kernel of the platform that the program is compiled for where it fits, otherwise
+`blockwise`, and `plain` up to 64 tokens. Every route but `plain` needs memory linear in time,
+forward and backward.
+
+Suffixes name the axes: B batch, T query time, U key time, H heads, K key/value heads, G query heads
+of one key/value head, D head_dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from attnrl_jax.models.config import RopeScaling
+from attnrl_jax.models import blockwise, cudnn, splash
+from attnrl_jax.models.blockwise import MASKED, StepWeights
+from attnrl_jax.models.config import LAYOUTS
+from attnrl_jax.sharding import BATCH, fit_spec
 
-# Finite, so that rows without any visible key (padding) stay finite in the backward pass.
-MASKED = float(np.finfo(np.float32).min) / 2
+# What a backward pass needs of attention besides its inputs; `ModelConfig.remat` names them.
+KEPT = ("attention_out", "attention_logsumexp")
+# Up to here `auto` takes the whole map: it is no larger than a tile, and compiles faster.
+SHORT = 64
+# Longest edge of a tile on a CPU: its exponentials, of two key/value heads, fit a core's cache, and
+# short rows packed behind each other leave more tiles unseen.
+CPU_BLOCK = 256
 
 
-@struct.dataclass
-class StepWeights:
-    """What attention needs to sum each key's column over the queries far enough ahead.
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """How attention is computed.
 
     Attributes:
-      step_ids: range of each token.
-      weights: 1 / tokens of the query's range, 0 for padding.
-      delta: least distance in ranges between a key and the queries that count.
+      name: one of `config.ATTENTION`.
+      block_length: edge of a tile of the blockwise route.
+      layout: what `visible_until` can be: `single` (one right-padded row per sequence), `packed`
+        (rows behind each other, padding anywhere) or `tree` (anything).
+      interpret: runs the TPU kernels in Pallas' interpreter, for tests without one.
     """
 
-    step_ids: Int[Array, "batch time"]
-    weights: Float[Array, "batch time"]
-    delta: int = struct.field(pytree_node=False, default=4)
+    name: str = "auto"
+    block_length: int = 512
+    layout: str = "tree"
+    interpret: bool = False
 
 
-def rotary_tables(
-    positions: Int[Array, "batch time"],
-    head_dim: int,
-    theta: float,
-    scaling: RopeScaling | None,
-) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
-    """Cosine and sine of the rotary angles, float32 (RoFormer, arXiv 2104.09864, eq. 34)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None and scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
-    elif scaling is not None:
-        # Llama 3.1: long wavelengths are stretched, short ones kept, with a ramp between.
-        turns = scaling.original_max_length * frequencies / (2 * np.pi)
-        ramp = (turns - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        ramp = np.clip(ramp, 0.0, 1.0)
-        frequencies = frequencies * (ramp + (1 - ramp) / scaling.factor)
-    table = jnp.asarray(frequencies, jnp.float32)
-    angles = positions.astype(jnp.float32)[:, :, None] * table[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+def check_platform(name: str, platform: str) -> None:
+    """Refuses a route that the devices of a run do not have.
+
+    Raises:
+      ValueError: naming the route and its platform.
+    """
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
+    if platform != needed:
+        raise ValueError(f"attention={name!r} runs on a {needed} only; the devices are {platform}")
 
 
-def rotate(x_BTHD: Array, cos: Array, sin: Array) -> Array:
-    """Applies rotary embeddings to halves of head_dim, as Hugging Face checkpoints expect."""
-    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHD.dtype)
-
-
-def blockwise_attention(
+def attention(
     q_BTHD: Array,
     k_BKUD: Array,
     v_BKUD: Array,
     visible_until: Int[Array, "batch time"],
-    block_length: int,
+    route: Route,
     steps: StepWeights | None = None,
     keep_maps: bool = False,
 ) -> tuple[Array, Array | None, Array | None]:
-    """Attention of whole sequences, one block of queries at a time.
-
-    Query q sees key p exactly if p <= q < visible_until[p]. That one interval per key covers
-    padding on either side (an empty one), sequences packed behind each other (to the end of the
-    sequence) and trees laid out depth first (to the end of what hangs below the key). A block
-    holds whole softmax rows, which is what the column sums of forward context influence need:
-    they come with the same sweep.
+    """Attention, and the column sums of forward context influence from the same pass.
 
         c[h, p] = sum over q with step(q) >= step(p) + delta of A[h, q, p] / |step(q)|
+
+    Queries that see no key (padding) come out 0. Column sums and maps carry no gradient. Asking for
+    maps takes the plain route. Under a mesh every device works on its own sequences and heads.
 
     Returns:
       outputs `[batch, time, head, head_dim]`; column sums `[batch, head, time]` if `steps` is
       given; maps `[batch, head, query, key]` float32 if `keep_maps`.
+
+    Raises:
+      ValueError: a route that was asked for by name cannot take these arrays, or an unknown layout.
     """
     batch, time, heads, head_dim = q_BTHD.shape
     kv_heads = k_BKUD.shape[1]
-    scale = head_dim**-0.5
-    block = min(block_length, time)
-    num_blocks = -(-time // block)
-    padding = num_blocks * block - time
-
-    q_BTKGD = q_BTHD.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
-    key_index = jnp.arange(time)
-
-    def blocked(x, axis_value=0):
-        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, widths, constant_values=axis_value)
-        return jnp.moveaxis(x.reshape(batch, num_blocks, block, *x.shape[2:]), 1, 0)
-
-    def one_block(columns, inputs):
-        q, index, step_ids, weights = inputs
-        logits = scale * jnp.einsum(
-            "BTKGD,BKUD->BKGTU", q, k_BKUD, preferred_element_type=jnp.float32
-        )
-        visible = (index[None, :, None] >= key_index[None, None, :]) & (
-            index[None, :, None] < visible_until[:, None, :]
-        )
-        visible = visible[:, None, None]
-        # Rows that see nothing come out of softmax uniform: zero them.
-        attention = jax.nn.softmax(jnp.where(visible, logits, MASKED), axis=-1) * visible
-        out = jnp.einsum("BKGTU,BKUD->BTKGD", attention.astype(v_BKUD.dtype), v_BKUD)
-        if steps is not None:
-            ahead = step_ids[:, :, None] >= steps.step_ids[:, None, :] + steps.delta
-            weighted = weights[:, :, None] * ahead
-            columns = columns + jnp.einsum("BKGTU,BTU->BKGU", attention, weighted)
-        return columns, (out, attention if keep_maps else None)
-
-    columns = jnp.zeros((batch, kv_heads, heads // kv_heads, time), jnp.float32)
-    step_ids = steps.step_ids if steps is not None else jnp.zeros_like(visible_until)
-    weights = steps.weights if steps is not None else jnp.zeros(visible_until.shape, jnp.float32)
-    index = (jnp.arange(num_blocks * block)).reshape(num_blocks, block)
-    inputs = (blocked(q_BTKGD), index, blocked(step_ids), blocked(weights))
-    if num_blocks == 1:
-        columns, (out, maps) = one_block(columns, jax.tree.map(lambda x: x[0], inputs))
-        out, maps = out[None], None if maps is None else maps[None]
+    if route.layout not in LAYOUTS:
+        raise ValueError(f"layout {route.layout!r} is not one of {', '.join(LAYOUTS)}")
+    route = dataclasses.replace(route, name=_chosen(route, time, head_dim, q_BTHD.dtype))
+    by_head = q_BTHD.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
+    q_BKGTD = jnp.moveaxis(by_head, 1, 3)
+    maps = None
+    if route.name == "plain" or keep_maps:
+        out, columns, maps = _plain(q_BKGTD, k_BKUD, v_BKUD, visible_until, steps)
+        out = checkpoint_name(out, KEPT[0])
+        maps = jax.lax.stop_gradient(maps).reshape(batch, heads, time, time) if keep_maps else None
+    elif route.name == "cudnn":
+        out, columns = _cudnn(route, q_BTHD, q_BKGTD, k_BKUD, v_BKUD, visible_until, steps)
     else:
-        # Recomputed in the backward pass: kept attention would be quadratic in time.
-        body = jax.checkpoint(one_block, prevent_cse=False)
-        columns, (out, maps) = jax.lax.scan(body, columns, inputs)
+        out, columns = _attend(route, q_BKGTD, k_BKUD, v_BKUD, visible_until, steps)
+    if out.ndim == 5:
+        out = jnp.moveaxis(out, 3, 1).reshape(batch, time, heads, head_dim)
+    if columns is not None:
+        columns = jax.lax.stop_gradient(columns).reshape(batch, heads, time)
+    return out, columns, maps
 
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, num_blocks * block, heads, head_dim)[:, :time]
-    if maps is not None:
-        maps = jnp.moveaxis(maps, 0, 3).reshape(batch, heads, num_blocks * block, time)
-        maps = maps[:, :, :time]
-    return out, columns.reshape(batch, heads, time) if steps is not None else None, maps
+
+def _chosen(route: Route, time: int, head_dim: int, dtype: Any) -> str:
+    """The route to take: `auto` stays where the platform decides between kernels at lowering."""
+    obstacles = {
+        "splash": splash.why_not(time, route.layout),
+        "cudnn": cudnn.why_not(head_dim, dtype, route.layout),
+    }
+    if route.name in obstacles:
+        obstacle = obstacles[route.name]
+        if obstacle is not None:
+            raise ValueError(f"attention={route.name!r} cannot be used here: {obstacle}")
+        return route.name
+    if route.name != "auto":
+        return route.name
+    if time <= SHORT:
+        return "plain"
+    if jax.default_backend() == "gpu" and obstacles["cudnn"] is None:
+        # Cannot be traced without a GPU, so it is not left to the lowering.
+        return "cudnn"
+    return "auto" if obstacles["splash"] is None else "blockwise"
+
+
+def _plain(
+    q_BKGTD: Array,
+    k_BKUD: Array,
+    v_BKUD: Array,
+    visible_until: Int[Array, "batch time"],
+    steps: StepWeights | None,
+) -> tuple[Array, Array | None, Array]:
+    """The definition, by the whole map: outputs, column sums, maps."""
+    index = jnp.arange(q_BKGTD.shape[3])
+    logits = jnp.einsum("BKGTD,BKUD->BKGTU", q_BKGTD, k_BKUD, preferred_element_type=jnp.float32)
+    visible = (index[None, :, None] >= index[None, None, :]) & (
+        index[None, :, None] < visible_until[:, None, :]
+    )
+    visible = visible[:, None, None]
+    logits = jnp.where(visible, logits * q_BKGTD.shape[-1] ** -0.5, MASKED)
+    # Rows that see nothing come out of softmax uniform: zero them.
+    maps = jax.nn.softmax(logits, axis=-1) * visible
+    out = jnp.einsum("BKGTU,BKUD->BKGTD", maps.astype(v_BKUD.dtype), v_BKUD)
+    columns = None
+    if steps is not None:
+        ahead = steps.step_ids[:, :, None] >= steps.step_ids[:, None, :] + steps.delta
+        columns = jnp.einsum("BKGTU,BTU->BKGU", maps, steps.weights[:, :, None] * ahead)
+    return out, columns, maps
+
+
+def _cudnn(route, q_BTHD, q_BKGTD, k_BKUD, v_BKUD, visible_until, steps):
+    lengths = visible_until.max(axis=1)
+    out, logsumexp = cudnn.attention(q_BTHD, k_BKUD, v_BKUD, lengths, route.interpret)
+    if steps is None:
+        return out, None
+    logsumexp = jnp.moveaxis(logsumexp, 2, 1).reshape(q_BKGTD.shape[:-1])
+    sweep = functools.partial(blockwise.column_sums, block_length=route.block_length)
+    arrays = jax.lax.stop_gradient((q_BKGTD, k_BKUD, logsumexp))
+    return out, _on_shards(sweep, *arrays, visible_until, steps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(route, q, k, v, visible_until, steps):
+    out, _, columns = _forward(route, q, k, v, visible_until, steps)
+    return out, columns
+
+
+def _attend_forward(route, q, k, v, visible_until, steps):
+    out, logsumexp, columns = _forward(route, q, k, v, visible_until, steps)
+    out = checkpoint_name(out, KEPT[0])
+    logsumexp = checkpoint_name(logsumexp, KEPT[1])
+    return (out, columns), (q, k, v, visible_until, out, logsumexp)
+
+
+def _attend_backward(route, kept, gradients):
+    q, k, v, visible_until, out, logsumexp = kept
+    d_q, d_k, d_v = _on_shards(
+        functools.partial(_local_backward, route), q, k, v, visible_until, out, logsumexp,
+        gradients[0],
+    )  # fmt: skip
+    return d_q, d_k, d_v, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(route, q, k, v, visible_until, steps):
+    return _on_shards(functools.partial(_local_forward, route), q, k, v, visible_until, steps)
+
+
+def _on_shards(function: Callable[..., Any], *arrays: Any) -> Any:
+    """Runs `function` on each device's part of batch and key/value heads.
+
+    Kernels cannot be cut by the compiler, and loops as long as the data wants are better not joined
+    over devices. Arrays of two axes have no heads. Without a mesh it is a call.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
+        return function(*arrays)
+    sizes = dict(mesh.shape)
+    batch, kv_heads = arrays[1].shape[:2]
+    cut = fit_spec(PartitionSpec(BATCH, "tensor"), (batch, kv_heads), sizes)
+
+    def spec(x: Array) -> PartitionSpec:
+        return PartitionSpec(cut[0]) if x.ndim == 2 else cut
+
+    shapes = jax.eval_shape(function, *arrays)
+    return jax.shard_map(
+        function,
+        in_specs=jax.tree.map(spec, arrays),
+        out_specs=jax.tree.map(spec, shapes),
+        check_vma=False,
+    )(*arrays)
+
+
+def _row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Sequences one after the other: a tile stays in a CPU's cache, and each skips its own."""
+
+    def by_row(*arrays: Any) -> Any:
+        def one(row: Any) -> Any:
+            return jax.tree.map(lambda x: x[0], function(*jax.tree.map(lambda x: x[None], row)))
+
+        return jax.lax.map(one, arrays)
+
+    return by_row
+
+
+def _by_platform(route: Route, cpu: Any, others: Any, tpu: Any, *arrays: Any) -> Any:
+    """`tpu` where the route allows it, and the blockwise route in the form of the platform."""
+    if route.name == "splash":
+        return tpu(*arrays)
+    if route.name == "auto":
+        return jax.lax.platform_dependent(*arrays, cpu=cpu, tpu=tpu, default=others)
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=others)
+
+
+def _local_forward(
+    route: Route, q: Array, k: Array, v: Array, visible_until: Array, steps: StepWeights | None
+) -> tuple[Array, Float[Array, "batch kv_head group time"], Array | None]:
+    def with_columns(kernel: Callable[..., Any], columns: Callable[..., Array]) -> Any:
+        def run(q, k, v, visible_until, steps):
+            out, logsumexp = kernel(q, k, v, visible_until)
+            if steps is None:
+                return out, logsumexp, None
+            return out, logsumexp, columns(q, k, logsumexp, visible_until, steps)
+
+        return run
+
+    def blocks(q, k, v, visible_until):
+        return blockwise.forward(q, k, v, visible_until, route.block_length)[:2]
+
+    column_blocks = functools.partial(blockwise.column_sums, block_length=route.block_length)
+
+    def one_sweep(q, k, v, visible_until, steps):
+        block_length = min(route.block_length, CPU_BLOCK)
+        return blockwise.forward(q, k, v, visible_until, block_length, steps)
+
+    tpu = with_columns(
+        functools.partial(splash.forward, interpret=route.interpret),
+        functools.partial(splash.column_sums, interpret=route.interpret),
+    )
+    return _by_platform(
+        route, _row_by_row(one_sweep), with_columns(blocks, column_blocks), tpu,
+        q, k, v, visible_until, steps,
+    )  # fmt: skip
+
+
+def _local_backward(route: Route, *arrays: Array) -> tuple[Array, Array, Array]:
+    blocks = functools.partial(blockwise.backward, block_length=route.block_length)
+    cpu = functools.partial(blockwise.backward, block_length=min(route.block_length, CPU_BLOCK))
+    tpu = functools.partial(splash.backward, interpret=route.interpret)
+    return _by_platform(route, _row_by_row(cpu), blocks, tpu, *arrays)

@@ -14,6 +14,10 @@ FAMILIES = {
     "llama": "LlamaForCausalLM",
 }
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "blockwise", "splash", "cudnn", "plain")
+REMAT = ("none", "attention", "dots", "full")
+# What the key intervals of a forward pass can be, from the narrowest to the widest.
+LAYOUTS = ("single", "packed", "tree")
 
 
 class ModelError(ValueError):
@@ -55,7 +59,14 @@ class ModelConfig:
       qk_norm: RMSNorm over head_dim on queries and keys (Qwen3).
       max_length: positions the model was trained for; longer sequences are refused by callers.
       dtype: of the computation; parameters are float32 always.
-      block_length: queries handled at once by attention (memory is block_length x time).
+      block_length: edge of an attention tile (temporary memory is at most heads x block_length x
+        time).
+      attention: route of attention over whole sequences, as `models.attention` has them; `auto`
+        takes the kernel of the platform where it fits.
+      remat: what the backward pass of a layer finds kept besides the layer's input; the rest is
+        computed again. `none`: everything (no recomputation, most memory). `dots`: results of the
+        projections and of attention. `attention`: results of attention, the one part whose cost
+        grows with the square of time, for as much memory as the layer's input. `full`: nothing.
     """
 
     family: str
@@ -77,12 +88,17 @@ class ModelConfig:
     max_length: int = 32768
     dtype: str = "float32"
     block_length: int = 512
+    attention: str = "auto"
+    remat: str = "attention"
 
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ModelError(f"unknown model family {self.family!r}; known: {', '.join(FAMILIES)}")
-        if self.dtype not in DTYPES:
-            raise ModelError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name, allowed in (("dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT)):
+            if getattr(self, name) not in allowed:
+                raise ModelError(
+                    f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                      "mlp_width", "max_length", "block_length"):  # fmt: skip
             value = getattr(self, name)

@@ -15,23 +15,22 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from attnrl_jax.branching.importance import pool_columns, query_weights
-from attnrl_jax.models.attention import (
-    StepWeights,
-    blockwise_attention,
-    rotary_tables,
-    rotate,
-)
+from attnrl_jax.models.attention import KEPT, Route, StepWeights, attention
 from attnrl_jax.models.cached_attention import cached_attention
 from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.models.rotary import rotary_tables, rotate
 from attnrl_jax.sharding import BATCH, constrain
 from attnrl_jax.types import ArrayLike
 
 
 @struct.dataclass
 class KeyValues:
-    """Keys (rotated) and values of every layer."""
+    """Keys (rotated) and values of every layer.
 
-    keys: Float[Array, "layer batch kv_head time head_dim"]
+    Keys have time last: the product of one query with all keys then runs along memory.
+    """
+
+    keys: Float[Array, "layer batch kv_head head_dim time"]
     values: Float[Array, "layer batch kv_head time head_dim"]
 
 
@@ -61,6 +60,8 @@ class _Context:
     visible_until: Array
     cache_lengths: Array | None
     steps: StepWeights | None
+    cache_read: int | None = struct.field(pytree_node=False, default=None)
+    layout: str = struct.field(pytree_node=False, default="tree")
 
 
 class RMSNorm(nn.Module):
@@ -117,17 +118,23 @@ class Attention(nn.Module):
         v_BKTD = jnp.swapaxes(v, 1, 2)
         columns, maps = None, None
         if cache is None or context.cache_lengths is None:
-            out, columns, maps = blockwise_attention(
-                q, k_BKTD, v_BKTD, context.visible_until, config.block_length,
-                context.steps, self.keep_maps,
-            )  # fmt: skip
+            route = Route(config.attention, config.block_length, context.layout)
+            out, columns, maps = attention(
+                q, k_BKTD, v_BKTD, context.visible_until, route, context.steps, self.keep_maps
+            )
         else:
             out = cached_attention(
-                q, k_BKTD, v_BKTD, cache.keys, cache.values, context.cache_lengths
+                q,
+                k_BKTD,
+                v_BKTD,
+                # Cut inside the layer, so that no copy of the whole cache is made.
+                cache.keys[..., : context.cache_read],
+                cache.values[:, :, : context.cache_read],
+                context.cache_lengths,
             )
         out = out.reshape(batch, time, config.num_heads * config.head_dim)
         out = _dense(config, config.width, config.o_bias, "o_proj")(out)
-        return out, KeyValues(k_BKTD, v_BKTD), columns, maps
+        return out, KeyValues(jnp.swapaxes(k_BKTD, 2, 3), v_BKTD), columns, maps
 
 
 class MLP(nn.Module):
@@ -168,6 +175,19 @@ class Block(nn.Module):
         return (x, fci), (key_values if self.keep_key_values else None, maps)
 
 
+def _remat(remat: str) -> Any:
+    """`Block` with the recomputation that `ModelConfig.remat` asks for."""
+    if remat == "none":
+        return Block
+    policies = jax.checkpoint_policies
+    policy = None
+    if remat != "full":
+        policy = policies.save_only_these_names(*KEPT)
+    if remat == "dots":
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policy)
+    return nn.remat(Block, prevent_cse=False, policy=policy)
+
+
 class Transformer(nn.Module):
     """Token ids to hidden states; `unembed` turns those into logits."""
 
@@ -182,8 +202,10 @@ class Transformer(nn.Module):
         *,
         cache: KeyValues | None = None,
         cache_lengths: Int[Array, "batch"] | None = None,
+        cache_read: int | None = None,
         step_ids: Int[Array, "batch time"] | None = None,
         delta: int = 4,
+        layout: str = "tree",
         keep_key_values: bool = False,
         keep_attention: bool = False,
     ) -> Output:
@@ -196,12 +218,17 @@ class Transformer(nn.Module):
             the time axis; 0 for padding.
           cache: keys and values of earlier tokens, of which the first `cache_lengths` count.
             With a cache, `visible_until` is not used: all given tokens follow the cached ones.
+          cache_read: entries of the cache that are read, at least the longest of `cache_lengths`;
+            None reads all.
           step_ids: range of each token (-1 padding); asks for `fci`.
           delta: least distance in ranges for `fci`.
+          layout: what `visible_until` is promised to be, for kernels that do not take any: `single`
+            (one right-padded row per sequence), `packed` (rows behind each other), `tree` (any).
           keep_key_values, keep_attention: ask for those outputs.
 
         Raises:
-          ValueError: a cache without its lengths, or asked for `fci` or maps with a cache.
+          ValueError: a cache without its lengths, asked for `fci` or maps with a cache, or
+            `config.attention` names a route that cannot take these arrays.
         """
         config = self.config
         if (cache is None) != (cache_lengths is None):
@@ -232,9 +259,9 @@ class Transformer(nn.Module):
         steps = None
         if step_ids is not None:
             steps = StepWeights(step_ids, jnp.asarray(query_weights(step_ids)), delta)
-        context = _Context(cos, sin, visible_until, cache_lengths, steps)
+        context = _Context(cos, sin, visible_until, cache_lengths, steps, cache_read, layout)
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False),
+            _remat(config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
@@ -284,7 +311,7 @@ def forward(
     positions = jnp.broadcast_to(index, tokens.shape)
     visible_until = jnp.where(index < lengths[:, None], lengths[:, None], 0)
     output = Transformer(config).apply(
-        {"params": params}, tokens, positions, visible_until, **kwargs
+        {"params": params}, tokens, positions, visible_until, layout="single", **kwargs
     )
     assert isinstance(output, Output)
     return output

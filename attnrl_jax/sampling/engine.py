@@ -181,9 +181,34 @@ def insert(
     )
 
 
+@jax.jit
+def narrow(state: DecodeState, kept: Int[ArrayLike, "device slot"]) -> DecodeState:
+    """The state of fewer slots, once there are no more samples than those.
+
+    Args:
+      state: of all slots; slots are cut over devices in blocks of equal size.
+      kept: for each such block its slots that stay, as indices within the block: no slot leaves
+        its device.
+    """
+    kept = jnp.asarray(kept)
+    devices = kept.shape[0]
+
+    def take(x: Array, axis: int) -> Array:
+        blocks = x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
+        stays = jax.vmap(
+            lambda block, slots: jnp.take(block, slots, axis=axis), in_axes=(axis, 0), out_axes=axis
+        )(blocks, kept)
+        return stays.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+    parts = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "cache"}
+    parts = jax.tree.map(lambda x: take(x, 0), parts)
+    cache = jax.tree.map(lambda x: take(x, 1), state.cache)
+    return _constrain_state(DecodeState(cache=cache, **parts))
+
+
 @partial(
     jax.jit,
-    static_argnames=("config", "truncated", "attend_length"),
+    static_argnames=("config", "truncated", "attend_lengths"),
     donate_argnames=("state",),
 )
 def generate(
@@ -194,12 +219,12 @@ def generate(
     max_steps: Int[ArrayLike, ""],
     refill_at: Int[ArrayLike, ""],
     truncated: bool = False,
-    attend_length: int | None = None,
+    attend_lengths: tuple[int, ...] = (),
 ) -> tuple[DecodeState, Int[Array, ""]]:
     """Decodes on the device until the host is needed.
 
-    It is needed when no slot is active, when `refill_at` slots have finished during this call,
-    after `max_steps` tokens per slot, or when a slot has outgrown `attend_length`.
+    It is needed when no slot is active, when `refill_at` slots have finished during this call, or
+    after `max_steps` tokens per slot.
 
     Args:
       params: parameters.
@@ -209,29 +234,24 @@ def generate(
       max_steps: most tokens per slot.
       refill_at: finished slots at which to stop; more than there are slots means never.
       truncated: whether any slot has a top-p or top-k (a sort per step).
-      attend_length: cache entries that attention reads; None reads all of them.
+      attend_lengths: numbers of cache entries, ascending: attention reads the least that hold the
+        longest running sequence, or else the whole cache. One program holds a decode step for
+        each, so that longer sequences compile nothing.
 
     Returns:
       the state and the number of steps done.
     """
-    attend = state.tokens.shape[1] if attend_length is None else attend_length
     ends = jnp.asarray(end_ids)
     began = state.active.sum()
 
     def wanted(carry: tuple[DecodeState, Array]) -> Array:
         state, step = carry
         running = state.active.sum()
-        longest = jnp.max(jnp.where(state.active, state.length, 0))
-        return (
-            (step < max_steps)
-            & (running > 0)
-            & (began - running < refill_at)
-            & (longest <= attend + 1)
-        )
+        return (step < max_steps) & (running > 0) & (began - running < refill_at)
 
     def body(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, step = carry
-        return _decode_step(params, config, state, ends, truncated, attend), step + 1
+        return _decode_step(params, config, state, ends, truncated, attend_lengths), step + 1
 
     return jax.lax.while_loop(wanted, body, (state, jnp.zeros((), jnp.int32)))
 
@@ -242,20 +262,28 @@ def _decode_step(
     state: DecodeState,
     end_ids: Array,
     truncated: bool,
-    attend: int,
+    attend_lengths: tuple[int, ...],
 ) -> DecodeState:
     time = state.tokens.shape[1]
     position = jnp.maximum(state.length - 1, 0)
     last = jnp.take_along_axis(state.tokens, position[:, None], axis=1)
-    output: Any = Transformer(config).apply(
-        {"params": params},
-        last,
-        position[:, None],
-        jnp.ones_like(last),
-        cache=jax.tree.map(lambda x: x[:, :, :, :attend], state.cache),
-        cache_lengths=position,
-        keep_key_values=True,
-    )
+
+    def read(entries: int, cache: KeyValues) -> Any:
+        return Transformer(config).apply(
+            {"params": params},
+            last,
+            position[:, None],
+            jnp.ones_like(last),
+            cache=cache,
+            cache_lengths=position,
+            cache_read=entries,
+            keep_key_values=True,
+        )
+
+    entries = [*(length for length in attend_lengths if length < time), time]
+    longest = jnp.max(jnp.where(state.active, position, 0))
+    level = (longest > jnp.asarray(entries[:-1])).sum()
+    output = jax.lax.switch(level, [partial(read, count) for count in entries], state.cache)
     logits = unembed(params, config, output.hidden[:, 0])
     token, logprob = sample_tokens(logits, state.sampling, state.length, truncated)
 

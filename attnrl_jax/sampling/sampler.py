@@ -19,10 +19,13 @@ from attnrl_jax.sampling.engine import (
     empty_state,
     generate,
     insert,
+    narrow,
     prefill,
 )
 from attnrl_jax.sampling.requests import Request, check_requests, request_key
 from attnrl_jax.shapes import bucket_length
+
+ORDERS = ("longest", "given")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,12 @@ class SamplerConfig:
       prefill_rows: prefixes prefilled at once.
       refill: share of the slots that must be free before the host refills them.
       length_bucket: cache and prefix lengths are rounded up to multiples of this.
-      attend_bucket: attention reads the cache up to a multiple of this that holds the longest
-        running sequence; 0 always reads all of it and compiles one program less per multiple.
+      attend_parts: attention reads the least number of these equal parts of the cache that holds
+        the longest running sequence; 1 always reads all of it and compiles soonest.
+      halvings: how often, when nothing waits and half of the slots suffice, the other half is
+        given up; each compiles one program more.
+      order: `longest` starts samples of long budgets first, so that few are left when the slots
+        drain; `given` keeps the order of the requests.
       cache_length: tokens of prefix and response a slot can hold; None takes the longest request
         of each call, rounded up.
     """
@@ -46,17 +53,21 @@ class SamplerConfig:
     prefill_rows: int = 16
     refill: float = 0.1
     length_bucket: int = 64
-    attend_bucket: int = 0
+    attend_parts: int = 4
+    halvings: int = 2
+    order: str = "longest"
     cache_length: int | None = None
 
     def __post_init__(self):
-        for name in ("slots", "chunk", "prefill_rows", "length_bucket"):
+        for name in ("slots", "chunk", "prefill_rows", "length_bucket", "attend_parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampler.{name} must be at least 1; got {getattr(self, name)}")
         if not 0.0 < self.refill <= 1.0:
             raise ValueError(f"sampler.refill must be in (0, 1]; got {self.refill}")
-        if self.attend_bucket < 0:
-            raise ValueError(f"sampler.attend_bucket must not be negative: {self.attend_bucket}")
+        if self.halvings < 0:
+            raise ValueError(f"sampler.halvings must not be negative; got {self.halvings}")
+        if self.order not in ORDERS:
+            raise ValueError(f"sampler.order must be {' or '.join(ORDERS)}; got {self.order!r}")
         if self.cache_length is not None and self.cache_length < 2:
             raise ValueError(f"sampler.cache_length must be at least 2; got {self.cache_length}")
 
@@ -169,7 +180,7 @@ def sample(
         for index, request in enumerate(requests):
             for k in range(request.num_samples if request.budget == 0 else 0):
                 on_response(index, k, _EMPTY)
-    groups = _share_prefixes(requests)
+    groups = _share_prefixes(requests, config.order)
     total = sum(len(group.samples) for group in groups)
     stats = SampleStats()
     if total == 0:
@@ -179,8 +190,11 @@ def sample(
     length = bucket_length(config.cache_length or longest, config.length_bucket)
     devices = _batch_devices()
     slots = bucket_length(config.slots, devices)
+    least_slots = -(-slots // 2**config.halvings)
     refill_rows = max(1, int(config.refill * slots))
     prefill_rows = bucket_length(config.prefill_rows, devices)
+    part = bucket_length(-(-length // config.attend_parts), config.length_bucket)
+    attend_lengths = tuple(range(part, length, part))
     stats.cache_length = length
     if model.dtype != "float32":
         params = cast_params(params, model.dtype)
@@ -190,7 +204,6 @@ def sample(
     blocks = _prefilled(params, model, groups, prefill_rows, config.length_bucket, stats)
     state = empty_state(model, slots, length)
     running: list[_Sample | None] = [None] * slots
-    lengths = np.zeros(slots, np.int64)
     block = next(blocks)
     waiting, finished = total, 0
     news: list[_Sample] = []
@@ -205,29 +218,28 @@ def sample(
             state = insert(state, block.key_values, block.tokens, admissions)
             for slot, _, entered in places:
                 running[slot] = entered
-                lengths[slot] = len(requests[entered.request].prefix)
             waiting -= taken
+        if waiting:
+            patience = min(refill_rows, waiting)
+        else:
+            state, running, patience = _narrowed(state, running, devices, least_slots)
         active = [slot for slot, running_sample in enumerate(running) if running_sample]
-        attend = None
-        if config.attend_bucket:
-            attend = min(length, bucket_length(int(lengths[active].max()), config.attend_bucket))
         state, steps = generate(
             params,
             model,
             state,
             ends,
             np.int32(config.chunk),
-            np.int32(min(refill_rows, waiting) if waiting else slots + 1),
+            np.int32(patience),
             truncated,
-            attend,
+            attend_lengths,
         )
         # The devices are at work now: time for the caller's own.
         _report(news, responses, on_response)
         still_active, lengths, steps = jax.device_get((state.active, state.length, steps))
-        lengths = np.array(lengths)
         stats.dispatches += 1
         stats.decode_steps += int(steps)
-        stats.slot_steps += int(steps) * slots
+        stats.slot_steps += int(steps) * len(running)
         done = [slot for slot in active if not still_active[slot]]
         news = [sampled for slot in done if (sampled := running[slot])]
         if done:
@@ -250,13 +262,35 @@ def _report(
 _EMPTY = Response(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
 
 
-def _share_prefixes(requests: Sequence[Request]) -> list[_Group]:
+def _narrowed(
+    state: DecodeState, running: list[_Sample | None], devices: int, least_slots: int
+) -> tuple[DecodeState, list[_Sample | None], int]:
+    """Halves the slots as often as those that are left hold what is running, on every device.
+
+    Returns:
+      the state, what runs in its slots, and how many samples must finish before it is worth
+      looking again.
+    """
+    while len(running) % (2 * devices) == 0 and len(running) // 2 >= least_slots:
+        busy = np.array([sampled is not None for sampled in running]).reshape(devices, -1)
+        half = busy.shape[1] // 2
+        excess = int(np.maximum(busy.sum(axis=1) - half, 0).sum())
+        if excess:
+            return state, running, excess
+        kept = np.argsort(~busy, axis=1, kind="stable")[:, :half]
+        state = narrow(state, kept)
+        first = 2 * half * np.arange(devices)[:, None]
+        running = [running[slot] for slot in (first + kept).reshape(-1)]
+    return state, running, len(running) + 1
+
+
+def _share_prefixes(requests: Sequence[Request], order: str) -> list[_Group]:
     """Least set of prefixes such that every request's prefix is a cut of one.
 
     In lexicographic order all prefixes that begin with `a` follow `a` directly, so that a prefix
     is a cut of some other exactly if it is a cut of its successor.
 
-    Longest budgets come first, so that few long responses are left when the slots drain.
+    With the order `longest` long budgets come first.
     """
     work = [i for i, request in enumerate(requests) if request.num_samples and request.budget]
     # Big-endian bytes sort as the numbers do.
@@ -270,13 +304,13 @@ def _share_prefixes(requests: Sequence[Request]) -> list[_Group]:
             groups.append([i])
         successor = keys[i]
 
-    def order(members: list[int]) -> tuple[int, int]:
-        return -max(requests[i].budget for i in members), min(members)
+    def budget(i: int) -> int:
+        return requests[i].budget if order == "longest" else 0
 
     shared = []
-    for members in sorted(groups, key=order):
+    for members in sorted(groups, key=lambda g: (-max(map(budget, g)), min(g))):
         longest = np.asarray(requests[members[0]].prefix, np.int32)
-        members = sorted(members, key=lambda i: (-requests[i].budget, i))
+        members = sorted(members, key=lambda i: (-budget(i), i))
         samples = [_Sample(i, k) for i in members for k in range(requests[i].num_samples)]
         shared.append(_Group(longest, samples))
     return shared

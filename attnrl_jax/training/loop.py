@@ -206,7 +206,9 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         continuations = rollout.continuation_rows(
             initial, branches, continued.responses, task.tokenizer.separators(), version
         )
-        continuations = score(params, setup, continuations, with_fci=False, watch=watch)
+        continuations = score(
+            params, setup, continuations, initial=False, with_fci=False, watch=watch
+        )
         continuations = dataclasses.replace(continuations, reward=continued.rewards)
         rows = rollout.join_rows(initial, continuations)
     next_batch = None
@@ -227,11 +229,10 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     trained_tokens = 0
     if trained.any():
         with watch.stage("update"):
-            batch = train_rows(setup, rows, advantages, trained)
-            trained_tokens = int(batch.mask.sum())
+            trained_tokens = int((rows.length - rows.prompt_length)[trained].sum())
             train, losses = update(
-                state.train, setup.model, config, batch, rows.problem[trained],
-                np.random.default_rng([config.seed, rollout.UPDATE, step]),
+                state.train, setup.model, config, train_rows(rows, advantages, trained),
+                np.random.default_rng([config.seed, rollout.UPDATE, step]), setup.reference,
                 **layout(setup.mesh),
             )  # fmt: skip
             metrics |= {f"update/{name}": value for name, value in losses.items()}

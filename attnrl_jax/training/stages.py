@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.evaluation import judged_text
 from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.packing import row_paths
 from attnrl_jax.sampling.sampler import Request, Response, sample
 from attnrl_jax.scoring import score_rows
 from attnrl_jax.sharding import batch_devices, batch_sharding
@@ -24,7 +25,7 @@ from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training import rollout
 from attnrl_jax.training.state import TrainConfig
-from attnrl_jax.types import Rollouts, Scores, TrainRows
+from attnrl_jax.types import Rollouts, TrainRows
 
 
 @dataclass(frozen=True)
@@ -180,35 +181,41 @@ def initial_batch(
     prompts = [request.prefix for request in sampled.requests]
     rows = rollout.initial_rows(prompts, sampled.responses, separators, width, version)
     with_fci = config.branching.rule == "fci" or config.expansion.filter_easy
-    rows = score(params, setup, rows, with_fci=with_fci, watch=watch)
+    rows = score(params, setup, rows, initial=True, with_fci=with_fci, watch=watch)
     return dataclasses.replace(rows, reward=sampled.rewards)
 
 
-def _scores(params: Any, setup: Setup, rows: Rollouts, with_fci: bool) -> Scores:
-    config = setup.config
-    return score_rows(
-        params,
-        setup.model,
-        rows.tokens,
-        rows.length,
-        rows.step_ids,
-        config.temperature,
-        delta=config.branching.delta,
-        with_fci=with_fci,
-        batch_rows=config.score_batch_rows,
-        length_multiple=config.length_multiple,
-        **layout(setup.mesh),
-    )
-
-
 def score(
-    params: Any, setup: Setup, rows: Rollouts, *, with_fci: bool, watch: Stopwatch
+    params: Any, setup: Setup, rows: Rollouts, *, initial: bool, with_fci: bool, watch: Stopwatch
 ) -> Rollouts:
-    """Fills in what one forward pass says of the tokens that the rows sampled themselves."""
+    """Fills in what one forward pass says of the tokens that the rows sampled themselves.
+
+    Args:
+      params: of the policy that sampled them.
+      setup: of the run.
+      rows: initial responses, or continuations.
+      initial: which of these.
+      with_fci: ask for forward context influence.
+      watch: of the step.
+    """
+    config = setup.config
+    devices = layout(setup.mesh)
     with watch.stage("score"):
-        scores = _scores(params, setup, rows, with_fci)
         own = rollout.own_tokens(rows)
-        logprobs = scores.logprobs if setup.config.behaviour == "scorer" else rows.logprobs
+        scores = score_rows(
+            params,
+            setup.model,
+            rows.tokens,
+            row_paths(rows, np.full(len(rows.length), initial)),
+            own,
+            rows.step_ids if with_fci else None,
+            config.temperature,
+            delta=config.branching.delta,
+            batch_tokens=config.score_batch_tokens,
+            pack_length=config.packed_length(devices.get("row_multiple", 1)),
+            **devices,
+        )
+        logprobs = scores.logprobs if config.behaviour == "scorer" else rows.logprobs
         return dataclasses.replace(
             rows,
             logprobs=np.where(own, logprobs, rows.logprobs),
@@ -217,20 +224,20 @@ def score(
         )
 
 
-def train_rows(
-    setup: Setup, rows: Rollouts, advantages: np.ndarray, trained: np.ndarray
-) -> TrainRows:
-    """The rows of the update, with the reference policy's log-probabilities if they count."""
-    kept = jax.tree.map(lambda x: x[trained], rows)
-    mask = rollout.response_tokens(kept)
-    reference = np.zeros_like(kept.logprobs)
-    if setup.config.loss.kl_beta > 0:
-        reference = np.asarray(_scores(setup.reference, setup, kept, with_fci=False).logprobs)
-    return TrainRows(
-        tokens=kept.tokens,
-        length=kept.length,
-        mask=mask.astype(np.float32),
-        advantages=np.where(mask, advantages[trained], 0.0).astype(np.float32),
-        behaviour_logprobs=np.where(mask, kept.logprobs, 0.0).astype(np.float32),
-        reference_logprobs=np.where(mask, reference, 0.0).astype(np.float32),
+def train_rows(rows: Rollouts, advantages: np.ndarray, trained: np.ndarray) -> TrainRows:
+    """The rows of the update.
+
+    Args:
+      rows: all leaves of the step, initial responses first.
+      advantages: `[row, time]`.
+      trained: which rows are trained on.
+    """
+    paths = row_paths(rows, rows.root == np.arange(len(rows.root)))
+    mask = rollout.response_tokens(rows)
+    whole = TrainRows(
+        tokens=rows.tokens,
+        paths=paths,
+        advantages=np.where(mask, advantages, 0.0).astype(np.float32),
+        behaviour_logprobs=np.where(mask, rows.logprobs, 0.0).astype(np.float32),
     )
+    return jax.tree.map(lambda x: x[trained], whole)

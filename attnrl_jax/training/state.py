@@ -18,6 +18,7 @@ from attnrl_jax.algorithms.advantages import AdvantageNorm
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
 from attnrl_jax.sampling.sampler import SamplerConfig
+from attnrl_jax.shapes import bucket_length
 from attnrl_jax.sharding import parameter_shardings
 
 
@@ -74,8 +75,13 @@ class TrainConfig:
       permute_advantages: gives every problem's rows the advantages of another problem's, a
         control which must not learn.
       mini_batch_rows: rows per optimizer update, filled with whole problems.
+      packing: `tree` lays the tokens that rows share out once in the update, `rows` every row on
+        its own, `auto` shares where that gives the same loss (see `shares_prefixes`). Either way
+        rows are packed into sequences.
+      pack_length: tokens of a packed sequence, in updates and scoring; 0 chooses (see
+        `packed_length`).
       micro_batch_tokens: padded tokens per forward and backward pass.
-      score_batch_rows: rows per scoring batch.
+      score_batch_tokens: padded tokens per forward pass of scoring.
       length_multiple: widths of compiled programs are multiples of it.
       eval_every: steps between held-out evaluations; 0 only at the start and the end.
       eval_problems: held-out problems used (0: all).
@@ -101,8 +107,10 @@ class TrainConfig:
     advantage_norm: AdvantageNorm = "none"
     permute_advantages: bool = False
     mini_batch_rows: int = 192
+    packing: str = "auto"
+    pack_length: int = 0
     micro_batch_tokens: int = 16384
-    score_batch_rows: int = 32
+    score_batch_tokens: int = 32768
     length_multiple: int = 128
     eval_every: int = 10
     eval_problems: int = 0
@@ -123,17 +131,19 @@ class TrainConfig:
             "behaviour": ("scorer", "sampler"),
             "judge": ("full", "continuation"),
             "advantage_norm": ("none", "problem_std"),
+            "packing": ("auto", "tree", "rows"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
-        for name in ("steps", "max_sampled_tokens", "eval_every", "eval_problems", "top_k"):
+        for name in ("steps", "max_sampled_tokens", "eval_every", "eval_problems", "top_k",
+                     "pack_length"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
         for name in ("num_problems", "num_responses", "prompt_budget", "response_budget",
-                     "mini_batch_rows", "micro_batch_tokens", "score_batch_rows",
+                     "mini_batch_rows", "micro_batch_tokens", "score_batch_tokens",
                      "length_multiple", "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
@@ -149,8 +159,45 @@ class TrainConfig:
             raise ValueError(
                 f"sampler.cache_length {held} is below prompt_budget + response_budget = {longest}"
             )
+        if 0 < self.pack_length < longest:
+            raise ValueError(
+                f"pack_length {self.pack_length} is below prompt_budget + response_budget = "
+                f"{longest}; 0 chooses it"
+            )
+        if self.packing == "tree" and not self._sharing_is_exact():
+            raise ValueError(
+                "packing 'tree' needs loss.aggregation 'token-mean', loss.mean_over 'mini-batch' "
+                f"and permute_advantages False; got {self.loss.aggregation!r}, "
+                f"{self.loss.mean_over!r} and {self.permute_advantages}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
+
+    def _sharing_is_exact(self) -> bool:
+        token_mean = self.loss.aggregation == "token-mean" and self.loss.mean_over == "mini-batch"
+        return token_mean and not self.permute_advantages
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the update lays shared tokens out once.
+
+        The loss of a token then counts once for every row through it, which is the same only in a
+        mean over tokens (means of sequences and of micro-batches weigh each row by its own length
+        or company), and if all these rows give the token the same advantage (those of a tree do,
+        permuted ones do not).
+        """
+        return self.packing != "rows" and self._sharing_is_exact()
+
+    def packed_length(self, row_multiple: int = 1) -> int:
+        """Tokens of a packed sequence, where `row_multiple` devices share the batch axis.
+
+        What `pack_length` says; otherwise the longest path there can be, times up to 4 as far as
+        the tokens of a device's micro-batch go. The longer, the more rows of a tree share its
+        prefixes and the less is padding. Attention costs what is visible, not the square of it.
+        """
+        longest = bucket_length(self.prompt_budget + self.response_budget, self.length_multiple)
+        paths = self.micro_batch_tokens // row_multiple // longest
+        return self.pack_length or longest * min(max(paths, 1), 4)
 
     @property
     def rows_per_problem(self) -> int:

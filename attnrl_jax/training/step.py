@@ -1,9 +1,8 @@
-"""The policy-gradient update: mini-batches of rows, accumulated over micro-batches."""
+"""The policy-gradient update: mini-batches of rows, packed, accumulated over micro-batches."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -13,14 +12,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from attnrl_jax.algorithms.losses import LossConfig, LossMetrics, loss_denominator, policy_loss
+from attnrl_jax.algorithms.losses import (
+    LossConfig,
+    LossMetrics,
+    aggregation_weights,
+    loss_denominator,
+    policy_loss,
+)
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.models.transformer import forward
-from attnrl_jax.scoring import token_logprobs
-from attnrl_jax.shapes import pad_rows
+from attnrl_jax.packing import Layout, batch_slices, pack_paths, take_sequences
+from attnrl_jax.scoring import packed_forward, token_logprobs
 from attnrl_jax.sharding import constrain_parameters
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, TrainState, make_optimizer
-from attnrl_jax.types import TrainRows
+from attnrl_jax.types import Paths, TrainBatch, TrainRows
 
 
 def mini_batches(
@@ -45,31 +49,76 @@ def mini_batches(
     return batches
 
 
-def micro_batches(
-    rows: TrainRows, tokens: int, length_multiple: int, row_multiple: int
-) -> Iterator[TrainRows]:
-    """Cuts host rows into padded batches of about `tokens` tokens, of a few fixed shapes.
+def pack_rows(
+    rows: TrainRows, config: TrainConfig, row_multiple: int
+) -> tuple[Layout, list[tuple[TrainBatch, float]]]:
+    """Packs the rows of one mini-batch into micro-batches of a few fixed shapes.
 
     Args:
-      rows: host arrays.
-      tokens: padded tokens of one micro-batch, at most (one row at least).
-      length_multiple: widths are multiples of it.
-      row_multiple: row counts are multiples of it (devices that share the batch axis); missing
-        rows are empty and weigh nothing.
+      rows: of the mini-batch.
+      config: of training.
+      row_multiple: sequences of a micro-batch are a multiple of it (devices that share the batch
+        axis); missing ones are empty and weigh nothing.
+
+    Returns:
+      where the tokens lie; each micro-batch, with what its loss divides by.
+
+    Raises:
+      ValueError: prefixes are to be shared, but rows that share a token do not agree on its
+        advantage or its log-probability.
     """
-    lengths = np.asarray(rows.length)
-    widths = -(-np.maximum(lengths, 1) // length_multiple) * length_multiple
-    for width in np.unique(widths):
-        members = np.flatnonzero(widths == width)
-        size = max(tokens // int(width) // row_multiple, 1) * row_multiple
-        for start in range(0, len(members), size):
-            chosen = members[start : start + size]
-            yield jax.tree.map(
-                lambda x, chosen=chosen, size=size, width=width: pad_rows(
-                    x[chosen], size, int(width) if x.ndim > 1 else None, 0
-                ),
-                rows,
-            )
+    paths, loss = rows.paths, config.loss
+    capacity = config.packed_length(row_multiple)
+    layout = pack_paths(paths, capacity, config.shares_prefixes)
+    index = np.arange(rows.tokens.shape[1])[None, :]
+    mask = (index >= paths.prompt_length[:, None]) & (index < paths.length[:, None])
+    if config.shares_prefixes:
+        _check_agreement(layout, paths, mask, "advantages", rows.advantages)
+        _check_agreement(layout, paths, mask, "behaviour_logprobs", rows.behaviour_logprobs)
+    weights = np.asarray(aggregation_weights(mask.astype(np.float32), loss.aggregation))
+    count = layout.count.astype(np.float32)
+    whole = TrainBatch(
+        packed=layout.packed_tokens(rows.tokens),
+        mask=layout.gather(mask) * count,
+        weights=layout.gather(weights) * count,
+        advantages=layout.gather(rows.advantages),
+        behaviour_logprobs=layout.gather(rows.behaviour_logprobs),
+    )
+    trained = mask.any(axis=1)
+    size = (float(mask.sum()), int(trained.sum()))
+    batches = []
+    for part in batch_slices(len(layout.row), capacity, config.micro_batch_tokens, row_multiple):
+        batch = take_sequences(whole, part)
+        members = np.unique(layout.row[part[0]][batch.mask[: part[0].stop - part[0].start] > 0])
+        own = (float(batch.mask.sum()), len(members))
+        batches.append((batch, loss_denominator(loss, size, own, config.mini_batch_rows)))
+    return layout, batches
+
+
+def _check_agreement(
+    layout: Layout, paths: Paths, mask: np.ndarray, name: str, x: np.ndarray
+) -> None:
+    """Rows that share a token must agree on what is said of it."""
+    laid_out = layout.spread(layout.gather(x), x.shape[1])
+    differs = mask & (np.abs(laid_out - x) > 1e-5)
+    if differs.any():
+        row, index = (int(k[0]) for k in np.nonzero(differs))
+        raise ValueError(
+            f"{name} of row {row}, response token {index - paths.prompt_length[row]}: "
+            f"{x[row, index]}, but {laid_out[row, index]} in a row that shares the token. "
+            "Rows that disagree need packing='rows'"
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+def reference_logprobs(
+    params: Any, config: ModelConfig, batch: TrainBatch, temperature: float
+) -> Float[Array, "batch time"]:
+    """Log-probabilities of a micro-batch under the reference policy."""
+    hidden = packed_forward(params, config, batch.packed).hidden
+    return token_logprobs(
+        params, config, hidden, batch.packed, jnp.asarray(batch.mask) > 0, temperature
+    )[0]
 
 
 @functools.partial(
@@ -80,7 +129,8 @@ def accumulate(
     params: Any,
     config: ModelConfig,
     loss: LossConfig,
-    rows: TrainRows,
+    batch: TrainBatch,
+    reference: Float[Array, "batch time"] | None,
     denominator: Float[Array, ""],
     temperature: float,
 ) -> tuple[Any, LossMetrics]:
@@ -91,17 +141,20 @@ def accumulate(
       params: parameters of the policy.
       config: the model.
       loss: settings of the loss.
-      rows: one micro-batch.
+      batch: one micro-batch.
+      reference: its log-probabilities under the reference policy; None where `kl_beta` is 0.
       denominator: of the whole mini-batch, so that the sum over micro-batches is its mean.
       temperature: of sampling; divides the logits.
     """
 
     def objective(params):
-        hidden = forward(params, config, rows.tokens, rows.length).hidden
-        logprobs, _ = token_logprobs(params, config, hidden, rows.tokens, temperature)
+        hidden = packed_forward(params, config, batch.packed).hidden
+        logprobs, _ = token_logprobs(
+            params, config, hidden, batch.packed, jnp.asarray(batch.mask) > 0, temperature
+        )
         return policy_loss(
-            logprobs, rows.behaviour_logprobs, rows.reference_logprobs, rows.advantages,
-            rows.mask, loss, denominator,
+            logprobs, batch.behaviour_logprobs, reference, batch.advantages, batch.mask, loss,
+            denominator, batch.weights,
         )  # fmt: skip
 
     gradients, metrics = jax.grad(objective, has_aux=True)(params)
@@ -137,45 +190,45 @@ def update(
     model: ModelConfig,
     config: TrainConfig,
     rows: TrainRows,
-    problem: np.ndarray,
     rng: np.random.Generator,
+    reference: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     row_multiple: int = 1,
 ) -> tuple[TrainState, dict[str, float]]:
     """All optimizer updates of one training step.
+
+    Nothing waits for the device before the last update: while it computes one mini-batch, the next
+    one is packed.
 
     Args:
       state: before; donated.
       model: the model.
       config: of training.
       rows: every training row of the step, on the host.
-      problem: problem of each row; a problem's rows stay in one mini-batch.
       rng: for the order of problems.
-      sharding: of a micro-batch's rows over devices.
-      row_multiple: rows of a micro-batch are a multiple of it.
+      reference: parameters of the reference policy; not used where `kl_beta` is 0.
+      sharding: of a micro-batch's sequences over devices.
+      row_multiple: sequences of a micro-batch are a multiple of it.
 
     Returns:
       the state after, and metrics averaged over the updates that were applied.
     """
-    collected: list[dict[str, float]] = []
-    for chosen in mini_batches(problem, config.mini_batch_rows, rng):
+    collected: list[dict[str, Any]] = []
+    places = tokens = 0
+    for chosen in mini_batches(rows.paths.problem, config.mini_batch_rows, rng):
         batch = jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
+        layout, micro_batches = pack_rows(batch, config, row_multiple)
+        tokens += int((layout.row >= 0).sum())
         accumulated = no_gradients(state.params)
-        for micro in micro_batches(
-            batch, config.micro_batch_tokens, config.length_multiple, row_multiple
-        ):
-            denominator = np.float32(
-                loss_denominator(
-                    config.loss,
-                    np.asarray(batch.mask),
-                    np.asarray(micro.mask),
-                    config.mini_batch_rows,
-                )
-            )
+        for micro, denominator in micro_batches:
+            places += micro.mask.size
             micro = jax.device_put(micro, sharding)
+            logprobs = None
+            if config.loss.kl_beta > 0:
+                logprobs = reference_logprobs(reference, model, micro, config.temperature)
             accumulated = accumulate(
-                accumulated, state.params, model, config.loss, micro, denominator,
-                config.temperature,
+                accumulated, state.params, model, config.loss, micro, logprobs,
+                np.float32(denominator), config.temperature,
             )  # fmt: skip
         gradients, sums = accumulated
         state, norm = apply_gradients(state, gradients, config.optimizer)
@@ -191,7 +244,11 @@ def update(
     applied = [m for m in jax.device_get(collected) if np.isfinite(m["gradient_norm"])]
     names = collected[0] if applied else ()
     averaged = {name: float(np.mean([m[name] for m in applied])) for name in names}
-    return state, averaged | {"updates": len(applied)}
+    return state, averaged | {
+        "updates": len(applied),
+        "padding": 1 - tokens / max(places, 1),
+        "sharing": float(rows.paths.length.sum()) / max(tokens, 1),
+    }
 
 
 @jax.jit

@@ -26,7 +26,7 @@ def get_config():
     config.response_budget = 512
     config.mini_batch_rows = 192
     config.micro_batch_tokens = 8192
-    config.score_batch_rows = 16
+    config.score_batch_tokens = 16384
     config.length_multiple = 256
     config.eval_every = 20
     config.data.held_out_size = 64

@@ -27,5 +27,5 @@ def get_config(method: str = "attnrl"):
     config.sampler.slots = 32
     # One of the longest rows on each of eight devices.
     config.micro_batch_tokens = 8 * 9216
-    config.score_batch_rows = 8
+    config.score_batch_tokens = 8 * 9216
     return config

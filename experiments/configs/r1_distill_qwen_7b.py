@@ -7,7 +7,7 @@ Command:   python -m experiments.run --config=experiments/configs/r1_distill_qwe
            `--config.model.path=DIR --config.data.train=FILE` where the hub cannot be reached.
 Hardware:  8 TPU v5p (95 GB each) or 8 GPUs of 80 GB. (32 TPU v5e hold it too, with
            `--config.sampler.slots=64 --config.micro_batch_tokens=294912
-           --config.score_batch_rows=32`, once runs over several hosts are supported.)
+           --config.score_batch_tokens=294912`, once runs over several hosts are supported.)
 Memory:    per device, of 8, in GiB, as the TPU compiler counts it for v5p 2x2x2 (jax 0.10.2):
            parameters and AdamW 10.64, reference 3.55; in the update also gradients 3.55 and
            temporaries 13.46 (rows of 9,216 tokens, one a device): 31.2 in all; in sampling also a
@@ -28,5 +28,5 @@ def get_config(method: str = "attnrl"):
     config.sampler.slots = 128
     # One of the longest rows on each of eight devices.
     config.micro_batch_tokens = 8 * 9216
-    config.score_batch_rows = 8
+    config.score_batch_tokens = 8 * 9216
     return config

@@ -41,6 +41,11 @@ def config_of(case, **changes):
     )
 
 
+def size_of(mask):
+    """Tokens, and rows that have any."""
+    return float(mask.sum()), int(np.count_nonzero(mask.sum(axis=1)))
+
+
 loss_and_gradient = jax.value_and_grad(policy_loss, has_aux=True)
 loss_and_gradient_jit = jax.jit(loss_and_gradient, static_argnums=5)
 
@@ -87,7 +92,7 @@ def test_golden_weighting_of_micro_batches(k):
     for rows in case["micro"]["rows"]:
         is_in = jnp.isin(jnp.arange(SHAPE[0]), jnp.asarray(rows))[:, None]
         micro, nominal = np.asarray(mask * is_in), case["micro"]["ppo_mini_batch_size"]
-        denominator = loss_denominator(config, np.asarray(mask), micro, nominal)
+        denominator = loss_denominator(config, size_of(np.asarray(mask)), size_of(micro), nominal)
         (part, _), part_gradient = loss_and_gradient_jit(*inputs, micro, config, denominator)
         loss, gradient = loss + part, gradient + part_gradient
     np.testing.assert_allclose(loss, case["micro"]["loss"], rtol=1e-5, atol=1e-5)

@@ -96,7 +96,7 @@ def test_the_papers_run_from_start_to_finish(files, tmp_path):
         "model.path": policy, "data.train": files / "train.jsonl.gz", "data.cache": tmp_path,
         "data.held_out_size": 8, "steps": 2, "num_problems": 6, "prompt_budget": 192,
         "response_budget": 64, "length_multiple": 256, "micro_batch_tokens": 8192,
-        "score_batch_rows": 32, "branching.delta": 1, "branching.min_distance": 0,
+        "score_batch_tokens": 8192, "branching.delta": 1, "branching.min_distance": 0,
         "sampler.slots": 32, "sampler.cache_length": 256, "sampler.length_bucket": 256,
     }  # fmt: skip
     output = run(train, *[f"--config.{name}={value}" for name, value in small.items()], **names)

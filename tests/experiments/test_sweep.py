@@ -208,7 +208,7 @@ def test_a_sweep_that_was_stopped_continues(tmp_path):
     """Two real runs; the second is ended with the sweep, by the signal of a scheduler."""
     common = {
         "method": "grpo", "steps": 1, "num_problems": 2, "num_responses": 2,
-        "data.held_out_size": 16, "score_batch_rows": 16, "micro_batch_tokens": 4096,
+        "data.held_out_size": 16, "score_batch_tokens": 8192, "micro_batch_tokens": 4096,
         "length_multiple": 256, "sampler.slots": 32, "batch_size.bounds": (0.5, 2.0),
         "batch_size.adaptive": False, "prompt.instruction": " it's = \"so\" ",
     }  # fmt: skip

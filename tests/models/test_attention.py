@@ -1,49 +1,55 @@
-"""Attention against plain numpy, blockwise against whole, rotary tables against formulas."""
+"""Every route of attention: plain against numpy, the others against plain."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnrl_jax.branching.importance import query_weights
-from attnrl_jax.models.attention import (
-    StepWeights,
-    blockwise_attention,
-    rotary_tables,
-    rotate,
-)
-from attnrl_jax.models.cached_attention import cached_attention
-from attnrl_jax.models.config import RopeScaling
+from attnrl_jax.models import blockwise
+from attnrl_jax.models.attention import Route, StepWeights, attention, check_platform
+from attnrl_jax.sharding import BATCH as BATCH_AXES
+from attnrl_jax.sharding import MeshConfig, make_mesh
 from tests.segments import segment_ends
 
 BATCH, TIME, HEADS, KV_HEADS, DIM = 2, 13, 4, 2, 6
 DELTA = 2
 # Row 0: two packed sequences and right padding. Row 1: left padding.
 SEGMENTS = np.array([[1] * 6 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 10], np.int32)
-VISIBLE_UNTIL = segment_ends(SEGMENTS)
 # Ranges of a row never go back; segments hide one from another.
 STEPS = np.array([[0, 0, 1, 2, 2, 3, 4, 5, 5, 6, 7, -1, -1], [0] * 4 + [1, 1, 2, 3, 3, 4, 5, 6, 6]])
+# A prompt of 3; below it 2 tokens with branches of 3 and 2, and a branch of 1; a second tree of 2.
+TREE = np.array([[11, 11, 11, 10, 10, 8, 8, 8, 10, 10, 11, 13, 13]], np.int32).repeat(BATCH, 0)
+INTERVALS = {"packed": segment_ends(SEGMENTS), "tree": TREE}
+WHOLE = Route("plain")
 
 
-def random_qkv(seed: int = 0):
-    rng = np.random.default_rng(seed)
-    q = rng.normal(size=(BATCH, TIME, HEADS, DIM)).astype(np.float32)
-    k = rng.normal(size=(BATCH, KV_HEADS, TIME, DIM)).astype(np.float32)
-    v = rng.normal(size=(BATCH, KV_HEADS, TIME, DIM)).astype(np.float32)
+def random_qkv(batch=BATCH, time=TIME, dim=DIM):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(batch, time, HEADS, dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, batch, KV_HEADS, time, dim)).astype(np.float32)
     return q, k, v
 
 
-def reference(q, k, v, segments, step_ids, delta):
+def step_weights(step_ids, delta=DELTA):
+    return StepWeights(jnp.asarray(step_ids), query_weights(jnp.asarray(step_ids)), delta)
+
+
+def reference(q, k, v, visible_until, step_ids, delta):
     """The same by loops over batch and heads, in float64."""
     outputs = np.zeros(q.shape)
     columns = np.zeros((BATCH, HEADS, TIME))
     maps = np.zeros((BATCH, HEADS, TIME, TIME))
+    index = np.arange(TIME)
     for b in range(BATCH):
-        sees = np.tril(segments[b][:, None] == segments[b][None, :]) & (segments[b] > 0)[:, None]
+        sees = np.tril(index[:, None] < visible_until[b][None, :])
         sizes = {j: np.sum(step_ids[b] == j) for j in set(step_ids[b])}
         for h in range(HEADS):
             kv = h // (HEADS // KV_HEADS)
@@ -58,138 +64,147 @@ def reference(q, k, v, segments, step_ids, delta):
     return outputs, columns, maps
 
 
-@partial(jax.jit, static_argnums=3)
-def attend(q, k, v, block: int):
-    steps = StepWeights(jnp.asarray(STEPS), query_weights(jnp.asarray(STEPS)), DELTA)
-    return blockwise_attention(q, k, v, jnp.asarray(VISIBLE_UNTIL), block, steps, keep_maps=True)
-
-
-@pytest.mark.parametrize("block", [1, 5, 13, 64])
-def test_equals_plain_numpy(block):
+@pytest.mark.parametrize("layout", INTERVALS)
+def test_plain_equals_numpy(layout):
     q, k, v = random_qkv()
-    outputs, columns, maps = attend(q, k, v, block)
-    expected = reference(q, k, v, SEGMENTS, STEPS, DELTA)
+    until = INTERVALS[layout]
+    expected = reference(q, k, v, until, STEPS, DELTA)
+    got = attention(q, k, v, jnp.asarray(until), WHOLE, step_weights(STEPS), keep_maps=True)
+    outputs, columns, maps = got
     np.testing.assert_allclose(outputs, expected[0], atol=2e-6)
     np.testing.assert_allclose(maps, expected[2], atol=1e-6)
-    real = (SEGMENTS > 0)[:, None]
+    real = (until > 0)[:, None]
     np.testing.assert_allclose(columns * real, expected[1] * real, atol=2e-6)
 
 
-def test_padding_rows_are_zero_and_finite():
+@partial(jax.jit, static_argnums=0)
+def compute(route, q, k, v, visible_until, step_ids):
+    """Outputs, column sums, and the gradients of a function of the outputs."""
+
+    def loss(q, k, v):
+        out, columns, _ = attention(q, k, v, visible_until, route, step_weights(step_ids))
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(columns), (out, columns)
+
+    (_, values), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return *values, *gradients
+
+
+def assert_equal(got, expected, visible_until, atol):
+    columns = got[1] * (visible_until > 0)[:, None]
+    for a, b in zip((got[0], columns, *got[2:]), expected, strict=True):
+        assert np.isfinite(a).all()
+        assert np.abs(b).max() > 0.05
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=atol)
+
+
+@pytest.mark.parametrize("layout", INTERVALS)
+@pytest.mark.parametrize("block", [1, 5, 64])
+def test_blocks_equal_the_whole_map(layout, block):
+    inputs = (*random_qkv(), jnp.asarray(INTERVALS[layout]), jnp.asarray(STEPS))
+    expected = compute(WHOLE, *inputs)
+    got = compute(Route("blockwise", block), *inputs)
+    assert_equal(got, expected, INTERVALS[layout], 2e-6)
+    padding = INTERVALS[layout] == 0
+    assert not np.asarray(got[0])[padding].any()
+    assert not np.asarray(got[2])[padding].any()
+
+
+def test_blocks_in_bfloat16_are_close():
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv())
+    inputs = (q, k, v, jnp.asarray(INTERVALS["packed"]), jnp.asarray(STEPS))
+    got, expected = compute(Route("blockwise", 5), *inputs), compute(WHOLE, *inputs)
+    assert [x.dtype for x in got] == [x.dtype for x in expected]
+    assert_equal(got, expected, INTERVALS["packed"], 0.04)
+
+
+def test_sweep_of_given_sums_equals_the_joint_one():
+    """Column sums from a log-sum-exp, as where another kernel made the forward pass."""
     q, k, v = random_qkv()
-    outputs, columns, maps = attend(q, k, v, 5)
-    padding = SEGMENTS == 0
-    assert not np.asarray(outputs)[padding].any()
-    assert not np.moveaxis(np.asarray(maps), 1, 2)[padding].any()
-    assert not np.moveaxis(np.asarray(columns), 1, 2)[padding].any()
+    q = np.moveaxis(q.reshape(BATCH, TIME, KV_HEADS, 2, DIM), 1, 3)
+    for until in INTERVALS.values():
+        inputs = (jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(until))
+        _, logsumexp, columns = blockwise.forward(*inputs, 5, step_weights(STEPS))
+        swept = blockwise.column_sums(
+            inputs[0], inputs[1], logsumexp, inputs[3], step_weights(STEPS), 5
+        )
+        np.testing.assert_allclose(swept, columns, atol=1e-6)
 
 
-def test_blocks_give_the_gradients_of_one_block():
+def test_only_tiles_that_are_seen_are_visited():
+    """Sixteen tokens in tiles of two queries and four keys, row and tree worked out by hand."""
+    rows = jnp.array([[4] * 4 + [12] * 8 + [0] * 4])
+    blocks = blockwise._blocks(rows, 4, 2)
+    assert (blocks.queries, blocks.keys) == (2, 4)
+    assert blocks.turns.tolist() == [1, 1, 1, 1, 2, 2, 0, 0]
+    assert blocks.order[4, :2].tolist() == [1, 2]
+    # A prompt of four that all see, two branches of four that do not see each other, a third.
+    tree = jnp.array([[16] * 4 + [8] * 4 + [12] * 4 + [16] * 4])
+    blocks = blockwise._blocks(tree, 4, 2)
+    assert blocks.turns.tolist() == [1, 1, 2, 2, 2, 2, 2, 2]
+    assert blocks.order[6, :2].tolist() == [0, 3]
+
+
+def test_maps_and_sums_only_when_asked():
     q, k, v = random_qkv()
-    mix = np.random.default_rng(1).normal(size=(BATCH, HEADS, TIME)).astype(np.float32)
-
-    @partial(jax.jit, static_argnums=1)
-    @partial(jax.grad, argnums=0)
-    def gradient(qkv, block):
-        outputs, columns, _ = attend(*qkv, block)
-        return jnp.sum(jnp.sin(outputs)) + jnp.sum(columns * mix)
-
-    whole = gradient((q, k, v), 64)
-    for block in (4, 5):
-        for a, b in zip(whole, gradient((q, k, v), block), strict=True):
-            assert np.isfinite(a).all()
-            np.testing.assert_allclose(a, b, atol=2e-6)
+    until = jnp.asarray(INTERVALS["tree"])
+    expected = attention(q, k, v, until, WHOLE)
+    for route in (WHOLE, Route("blockwise", 5), Route("auto")):
+        out, columns, maps = attention(q, k, v, until, route)
+        assert columns is None
+        assert maps is None
+        np.testing.assert_allclose(out, expected[0], atol=1e-6)
 
 
-def test_nothing_extra_unless_asked():
-    q, k, v = random_qkv()
-    with jax.disable_jit():
-        outputs, columns, maps = blockwise_attention(q, k, v, jnp.asarray(VISIBLE_UNTIL), 5)
-    assert columns is None
-    assert maps is None
-    np.testing.assert_allclose(outputs, attend(q, k, v, 5)[0], atol=1e-6)
+def test_devices_work_on_their_own_sequences_and_heads():
+    q, k, v = random_qkv(batch=4)
+    until, steps = (jnp.tile(x, (2, 1)) for x in (INTERVALS["packed"], STEPS))
+    route = Route("blockwise", 5)
+    expected = compute(route, q, k, v, until, steps)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        whole = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        inputs = jax.device_put((q, k, v, until, steps), whole)
+        compiled = compute.lower(route, *inputs).compile()
+        got = compiled(*inputs)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    # Keys and values of a device are one sequence and one head: none are gathered.
+    assert not re.search(r"f32\S+ all-gather", compiled.as_text())
+    assert "f32[1,1,13,6]" in compiled.as_text()
 
 
-def test_cache_equals_whole_sequence():
-    """The last three tokens over a cache filled to different lengths, garbage behind."""
-    q, k, v = random_qkv()
-    whole = blockwise_attention(q, k, v, jnp.full((BATCH, TIME), TIME), 64)[0]
-    new, lengths = 3, np.array([10, 6])
-    rng = np.random.default_rng(2)
-    cache_k = rng.normal(size=(BATCH, KV_HEADS, 16, DIM)).astype(np.float32) * 100
-    cache_v = rng.normal(size=(BATCH, KV_HEADS, 16, DIM)).astype(np.float32) * 100
-    tails = [[], [], []]
-    for b, n in enumerate(lengths):
-        cache_k[b, :, :n], cache_v[b, :, :n] = k[b, :, :n], v[b, :, :n]
-        tails[0].append(q[b, n : n + new])
-        tails[1].append(k[b, :, n : n + new])
-        tails[2].append(v[b, :, n : n + new])
-    got = cached_attention(*map(np.stack, tails), cache_k, cache_v, jnp.asarray(lengths))
-    for b, n in enumerate(lengths):
-        np.testing.assert_allclose(got[b], whole[b, n : n + new], atol=2e-6)
+@pytest.mark.parametrize(
+    ("route", "dtype", "time", "message"),
+    [
+        (Route("splash"), jnp.float32, 128, "splash.*tree"),
+        (Route("splash", layout="packed"), jnp.float32, 100, "splash.*100.*128"),
+        (Route("cudnn", layout="packed"), jnp.bfloat16, 128, "cudnn.*single.*packed"),
+        (Route("cudnn", layout="single"), jnp.float32, 128, "cudnn.*bfloat16.*float32"),
+        (Route("auto", layout="row"), jnp.float32, 128, "'row'.*single, packed, tree"),
+    ],
+)
+def test_a_route_that_cannot_run_says_why(route, dtype, time, message):
+    q, k, v = (x.astype(dtype) for x in random_qkv(time=time, dim=8))
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, jnp.full((BATCH, time), time), route)
 
 
-def test_empty_cache_sees_itself_only():
-    q, k, v = random_qkv()
-    cache = np.full((BATCH, KV_HEADS, 8, DIM), 1e4, np.float32)
-    got = cached_attention(q, k, v, cache, cache, jnp.zeros(BATCH, jnp.int32))
-    whole = blockwise_attention(q, k, v, jnp.full((BATCH, TIME), TIME), 64)[0]
-    np.testing.assert_allclose(got, whole, atol=2e-6)
-
-
-def llama3_frequencies(dim, theta, factor, low, high, original):
-    """The published formula of Llama 3.1, by cases of the wavelength."""
-    scaled = []
-    for i in range(0, dim, 2):
-        frequency = theta ** (-i / dim)
-        wavelength = 2 * np.pi / frequency
-        if wavelength < original / high:
-            scaled.append(frequency)
-        elif wavelength > original / low:
-            scaled.append(frequency / factor)
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            scaled.append((1 - smooth) * frequency / factor + smooth * frequency)
-    return np.array(scaled)
-
-
-@pytest.mark.parametrize("kind", ["none", "linear", "llama3"])
-def test_rotary_angles(kind):
-    dim, theta, positions = 128, 5e5, np.array([[0, 1, 7, 100], [3, 2, 1, 0]], np.int32)
-    plain = theta ** (-np.arange(0, dim, 2) / dim)
-    scaling, frequencies = {
-        "none": (None, plain),
-        "linear": (RopeScaling("linear", 4.0), plain / 4),
-        "llama3": (
-            RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
-            llama3_frequencies(dim, theta, 8.0, 1.0, 4.0, 8192),
-        ),
-    }[kind]
-    if kind == "llama3":
-        kept, stretched = frequencies == plain, frequencies == plain / 8
-        assert kept.sum() > 5
-        assert stretched.sum() > 5
-        assert (~kept & ~stretched).sum() > 5
-    cos, sin = rotary_tables(jnp.asarray(positions), dim, theta, scaling)
-    angles = positions[:, :, None] * frequencies
-    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-5)
-    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-5)
-
-
-def test_rotation_depends_on_distance_only():
-    """Scores of rotated queries and keys are unchanged when all positions move together."""
-    q, k, _ = random_qkv()
-    k = np.swapaxes(k, 1, 2)
-
-    def scores(offset):
-        positions = jnp.broadcast_to(jnp.arange(TIME)[None] + offset, (BATCH, TIME))
-        cos, sin = rotary_tables(positions, DIM, 1e4, None)
-        turned = rotate(jnp.asarray(q[:, :, :KV_HEADS]), cos, sin)
-        return jnp.einsum("BTHD,BUHD->BHTU", turned, rotate(jnp.asarray(k), cos, sin))
-
-    np.testing.assert_allclose(scores(0), scores(50), atol=1e-4)
-    assert np.abs(scores(0) - np.einsum("BTHD,BUHD->BHTU", q[:, :, :KV_HEADS], k)).max() > 0.5
-    turned = rotate(jnp.asarray(q), *rotary_tables(jnp.full((BATCH, TIME), 9), DIM, 1e4, None))
-    np.testing.assert_allclose(
-        jnp.linalg.norm(turned, axis=-1), np.linalg.norm(q, axis=-1), rtol=1e-5
+def test_cudnn_call_equals_the_whole_map():
+    """The call around cuDNN's kernel, with the implementation that any platform has."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(dim=8))
+    lengths = np.array([TIME, 9])
+    until = segment_ends(np.arange(TIME)[None] < lengths[:, None])
+    steps = np.where(until > 0, np.arange(TIME) // 2, -1)
+    inputs = (q, k, v, jnp.asarray(until), jnp.asarray(steps))
+    route = Route("cudnn", layout="single", interpret=True)
+    assert_equal(
+        compute(route, *inputs), compute(replace(route, name="plain"), *inputs), until, 0.04
     )
+
+
+def test_a_route_of_another_platform_is_refused():
+    for name, platform in (("splash", "cpu"), ("cudnn", "tpu")):
+        with pytest.raises(ValueError, match=f"{name}.*{platform}"):
+            check_platform(name, platform)
+    for name, platform in (("splash", "tpu"), ("cudnn", "gpu"), ("auto", "cpu")):
+        check_platform(name, platform)

@@ -196,3 +196,10 @@ def test_dtype_and_family_of_config(tmp_path):
     write(tmp_path, RAW)
     with pytest.raises(ModelError, match="int8"):
         read_config(tmp_path, dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["attention", "remat"])
+def test_unknown_routes_and_policies_are_refused_by_name(golden_dir, name):
+    config = read_config(golden_dir / "models" / "llama")
+    with pytest.raises(ModelError, match=f"{name} 'fast' is not one of .*{getattr(config, name)}"):
+        replace(config, **{name: "fast"})

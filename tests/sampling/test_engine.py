@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,13 +11,22 @@ import numpy as np
 import pytest
 
 from attnrl_jax.models.transformer import KeyValues, Transformer, forward, unembed
-from attnrl_jax.sampling.cache import append_token, empty_cache, fork_rows
+from attnrl_jax.sampling.cache import (
+    append_in_loop,
+    append_scattered,
+    append_token,
+    empty_cache,
+    fork_in_loop,
+    fork_rows,
+    fork_scattered,
+)
 from attnrl_jax.sampling.engine import (
     Admissions,
     Sampling,
     empty_state,
     generate,
     insert,
+    narrow,
     prefill,
     sample_tokens,
     truncate_logits,
@@ -29,24 +39,52 @@ def test_buckets(length, wanted):
     assert bucket_length(length, 64) == wanted
 
 
+def key_values(x) -> KeyValues:
+    """`x` with time before head_dim as values, its negative as keys."""
+    return KeyValues(-jnp.swapaxes(x, 3, 4), x)
+
+
 def test_cache_writes():
     """One row goes to two slots, a padding entry nowhere, a token to its slot's position."""
-    cache = KeyValues(jnp.zeros((2, 3, 2, 6, 4)), jnp.zeros((2, 3, 2, 6, 4)))
+    cache = key_values(jnp.zeros((2, 3, 2, 6, 4)))
     rng = np.random.default_rng(0)
     prefix = jnp.asarray(rng.normal(size=(2, 2, 2, 5, 4)), jnp.float32)
     rows, slots = jnp.array([1, 0, 1]), jnp.array([2, 3, 0])
-    cache = fork_rows(cache, KeyValues(prefix, -prefix), rows, slots)
     wanted = np.zeros((2, 3, 2, 6, 4), np.float32)
     wanted[:, 2, :, :5] = wanted[:, 0, :, :5] = prefix[:, 1]
-    np.testing.assert_array_equal(cache.keys, wanted)
-    np.testing.assert_array_equal(cache.values, -wanted)
+    empty = cache
+    for fork in (fork_in_loop, fork_scattered, fork_rows):
+        cache = fork(empty, key_values(prefix), rows, slots)
+        np.testing.assert_array_equal(cache.keys, -wanted.swapaxes(3, 4))
+        np.testing.assert_array_equal(cache.values, wanted)
 
     token = jnp.asarray(rng.normal(size=(2, 3, 2, 1, 4)), jnp.float32)
-    cache = append_token(cache, KeyValues(token, -token), jnp.array([5, 0, 3]))
     for slot, position in enumerate([5, 0, 3]):
         wanted[:, slot, :, position] = token[:, slot, :, 0]
-    np.testing.assert_array_equal(cache.keys, wanted)
-    np.testing.assert_array_equal(cache.values, -wanted)
+    for append in (append_token, append_in_loop, append_scattered):
+        appended = append(cache, key_values(token), jnp.array([5, 0, 3]))
+        np.testing.assert_array_equal(appended.keys, -wanted.swapaxes(3, 4))
+        np.testing.assert_array_equal(appended.values, wanted)
+
+
+def test_narrowing_keeps_slots_on_their_device(golden_model):
+    """Two devices of four slots each; the third block of a slot's numbers is its own number."""
+    config = golden_model("qwen2_untied").config
+    state = jax.tree.map(
+        lambda x: jnp.arange(8).reshape(8, *(1,) * (x.ndim - 1)).astype(x.dtype)
+        + jnp.zeros_like(x), replace(empty_state(config, 8, 16), cache=()),
+    )  # fmt: skip
+    cache = empty_cache(config, 8, 16)
+    numbers = jnp.arange(8.0)[None, :, None, None, None]
+    cache = KeyValues(cache.keys + numbers, cache.values - numbers)
+    got = narrow(replace(state, cache=cache), np.array([[3, 0], [1, 2]]))
+    slots = np.array([3, 0, 5, 6])
+    assert got.length.tolist() == slots.tolist()
+    assert got.tokens.shape == (4, 16)
+    np.testing.assert_array_equal(got.tokens[:, 7], slots)
+    np.testing.assert_array_equal(got.sampling.key[:, 1], slots)
+    np.testing.assert_array_equal(got.cache.keys[1, :, 0, 2, 5], slots)
+    np.testing.assert_array_equal(got.cache.values[0, :, 1, 5, 2], -slots)
 
 
 @partial(jax.jit, static_argnums=1)

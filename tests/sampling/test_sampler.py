@@ -17,7 +17,7 @@ from attnrl_jax.sampling.sampler import Request, SamplerConfig, request_key, sam
 from attnrl_jax.scoring import score
 from attnrl_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 
-SMALL = SamplerConfig(slots=8, chunk=16, prefill_rows=8, refill=0.25, length_bucket=64)
+SMALL = SamplerConfig(slots=8, chunk=16, prefill_rows=8, refill=0.25, length_bucket=64, halvings=0)
 END = (2, 5)
 # The golden models' logits are nearly flat; scaled up, responses end and differ in probability.
 SHARPER = 4.0
@@ -123,7 +123,7 @@ def test_equals_one_by_one_sampling_up_to_ties(policy):
     """Also checks each token against noise made outside the sampler."""
     requests = _mixed_requests(51)
     together, _ = sample(*policy, requests, END, SMALL)
-    alone = replace(SMALL, slots=1, prefill_rows=1)
+    alone = replace(SMALL, slots=1, prefill_rows=1, attend_parts=1)
     singles = [sample(*policy, [request], END, alone)[0][0] for request in requests]
     tied, count = _assert_equal_up_to_ties(policy, requests, together, singles)
     assert count >= 100
@@ -134,12 +134,29 @@ def test_order_and_shapes_change_nothing(policy):
     requests = _mixed_requests()
     wanted, _ = sample(*policy, requests, END, SMALL)
     order = np.random.default_rng(1).permutation(len(requests))
-    config = replace(SMALL, slots=3, chunk=7, prefill_rows=2, attend_bucket=32, cache_length=100)
+    config = replace(SMALL, slots=3, chunk=7, prefill_rows=2, attend_parts=3, cache_length=100)
     shuffled, stats = sample(*policy, [requests[i] for i in order], END, config)
     assert stats.cache_length == 128
     back = [shuffled[place] for place in np.argsort(order)]
     tied, _ = _assert_equal_up_to_ties(policy, requests, back, wanted)
     assert tied <= 1
+
+
+def test_slots_are_given_up_as_they_drain(policy):
+    """And started in the order asked for: with three slots three samples finish first."""
+    requests = [Request(p, 1, 4 + 3 * i, seed=i) for i, p in enumerate(_prefixes(9, seed=11))]
+    wanted, full = sample(*policy, requests, (), SMALL)
+    narrowed, stats = sample(*policy, requests, (), replace(SMALL, halvings=1))
+    assert full.slot_steps == 8 * full.decode_steps
+    # Budgets 4, 7, ..., 28: the first goes last, and after 16 steps four of nine still run.
+    assert stats.slot_steps == 16 * 8 + 12 * 4
+    tied, _ = _assert_equal_up_to_ties(policy, requests, narrowed, wanted)
+    assert tied <= 1
+    for order, first in (("given", {0, 1, 2}), ("longest", {8, 7, 6})):
+        seen = []
+        config = replace(SMALL, slots=3, refill=1.0, order=order)
+        sample(*policy, requests, (), config, on_response=lambda i, *_, seen=seen: seen.append(i))
+        assert set(seen[:3]) == first
 
 
 def test_greedy_continuations_are_those_of_transformers(model):
@@ -334,7 +351,14 @@ def test_bad_requests_are_refused(policy, change, said):
 def test_bad_settings_are_refused(policy):
     with pytest.raises(ValueError, match="end token 256"):
         sample(*policy, [], (256,), SMALL)
-    for change in ({"slots": 0}, {"refill": 0.0}, {"attend_bucket": -1}, {"cache_length": 0}):
+    for change in (
+        {"slots": 0},
+        {"refill": 0.0},
+        {"attend_parts": 0},
+        {"order": "any"},
+        {"halvings": -1},
+        {"cache_length": 0},
+    ):
         with pytest.raises(ValueError, match=f"sampler.{next(iter(change))}"):
             replace(SMALL, **change)
 

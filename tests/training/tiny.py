@@ -58,8 +58,10 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "prompt_budget": 8,
         "response_budget": 24,
         "mini_batch_rows": 20,
-        "micro_batch_tokens": 512,
-        "score_batch_rows": 16,
+        # One sequence a batch: one shape of each program.
+        "pack_length": 128,
+        "micro_batch_tokens": 128,
+        "score_batch_tokens": 128,
         "length_multiple": 32,
         "branching": BranchingConfig(delta=1, min_distance=0),
         "loss": LossConfig(kl_beta=0.0),

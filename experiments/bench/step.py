@@ -1,0 +1,165 @@
+"""The wall clock of whole training steps, by stage, and how many tokens are sampled meanwhile.
+
+The shipped policy on its own task, by the settings of the default run, but at learning rate 0 and
+with as many problems in every step: so all steps, of both schedules, do the same work. Tokens
+sampled per second compares the schedules at equal sampled tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnrl_jax.sharding import make_mesh
+from attnrl_jax.training.loop import LoopState, start, train_step
+from attnrl_jax.training.stages import Setup
+from attnrl_jax.training.state import TrainConfig, init_state
+from experiments.bench.harness import Contender, Context, Fact, Measured, Part, Ratio, Runs, Table
+from experiments.configs import attnrl_graph
+from experiments.settings import build
+from experiments.tasks import build_task, load_policy
+
+STEPS = 2
+# What the table names; all other time of a step is `other`.
+STAGES = ("generate", "judge", "score", "update")
+MOST_OTHER = 0.05
+SCHEDULES = {"one step off-policy": "off_policy", "two rounds on-policy": "on_policy"}
+
+
+class Schedule:
+    """A run that goes on from one measurement to the next."""
+
+    def __init__(self, setup: Setup, params, steps: int):
+        self._setup = setup
+        self._steps = steps
+        train = init_state(jax.tree.map(jnp.copy, params), setup.config.optimizer, setup.mesh)
+        with _mesh(setup):
+            self._state: LoopState = start(setup, train)
+
+    def run(self) -> Measured:
+        """The next steps: sampled tokens, and the seconds of each stage."""
+        seconds: dict[str, float] = defaultdict(float)
+        tokens = trained = 0.0
+        began = time.perf_counter()
+        for _ in range(self._steps):
+            with _mesh(self._setup):
+                self._state, report = train_step(self._state, self._setup)
+            for name, value in report.metrics.items():
+                if name.startswith("seconds/"):
+                    seconds[name.removeprefix("seconds/")] += value
+            tokens += report.metrics["tokens/sampled"]
+            trained += report.metrics["tokens/trained"]
+        jax.block_until_ready(self._state.train.params)
+        total = time.perf_counter() - began
+        named = {name: seconds[name] for name in STAGES}
+        detail = named | {"other": total - sum(named.values()), "trained_tokens": trained}
+        return Measured(total, tokens, detail)
+
+
+def _mesh(setup: Setup) -> AbstractContextManager:
+    return nullcontext() if setup.mesh is None else jax.set_mesh(setup.mesh)
+
+
+def shares(measurements: Sequence[Measured]) -> dict[str, float]:
+    """Part of the wall clock that each stage took, and `other`."""
+    total = sum(measured.seconds for measured in measurements)
+    return {
+        name: sum(measured.detail[name] for measured in measurements) / total
+        for name in (*STAGES, "other")
+    }
+
+
+def split_table(runs: Runs, steps: int) -> Table:
+    """Seconds of a step, stage by stage, and its tokens; medians of the runs."""
+
+    def cells(measurements: Sequence[Measured]) -> list[str]:
+        def median(values: Sequence[float]) -> float:
+            return float(np.median(values)) / steps
+
+        stages = [
+            f"{median([measured.detail[name] for measured in measurements]):.2f}"
+            for name in (*STAGES, "other")
+        ]
+        whole = median([measured.seconds for measured in measurements])
+        tokens = median([measured.amount for measured in measurements])
+        trained = median([measured.detail["trained_tokens"] for measured in measurements])
+        return [*stages, f"{whole:.2f}", f"{tokens:,.0f}", f"{trained:,.0f}"]
+
+    heading = ["schedule", *STAGES, "other", "step", "tokens sampled", "tokens trained on"]
+    rows = [[name, *cells(measurements)] for name, measurements in runs.items()]
+    return Table("Seconds of one training step (medians)", [heading, *rows])
+
+
+def settings_of(schedule: str, changes: Mapping[str, object]):
+    """The default run's settings for this measurement."""
+    config = attnrl_graph.get_config()
+    config.update(dict(changes))
+    config.schedule = schedule
+    config.batch_size.adaptive = False
+    config.optimizer.learning_rate = 0.0
+    return build(config)
+
+
+def part_default(context: Context, steps: int = STEPS, **changes: object) -> Part:
+    """The default run.
+
+    Args:
+      context: of the benchmark.
+      steps: training steps of one measurement.
+      **changes: of the configuration.
+    """
+    contenders = []
+    for name, schedule in SCHEDULES.items():
+        settings = settings_of(schedule, changes)
+        mesh = make_mesh(settings.mesh)
+        policy = load_policy(settings, mesh)
+        task = build_task(settings, policy)[0]
+        context.closing.callback(task.judge.close)
+        # No run ends here by its number of steps.
+        config = dataclasses.replace(settings.train, steps=10**6)
+        setup = Setup(task, policy.model, config, mesh)
+        contenders.append(_contender(name, setup, policy.params, steps))
+    one, two = (contender.name for contender in contenders)
+    return Part(
+        title="A training step of the default run, both schedules",
+        unit="sampled tokens/s",
+        contenders=contenders,
+        ratios=[Ratio(one, (two,))],
+        facts=lambda runs: [
+            Fact(f"other, {name}", shares(measured)["other"], "of the step", at_most=MOST_OTHER)
+            for name, measured in runs.items()
+        ],
+        tables=lambda runs: [split_table(runs, steps)],
+    )
+
+
+def _contender(name: str, setup: Setup, params, steps: int) -> Contender:
+    schedules: list[Schedule] = []
+
+    def warm_up() -> str:
+        schedules.append(Schedule(setup, params, steps))
+        # Twice: a second step may meet shapes that the first did not.
+        for _ in range(2):
+            schedules[0].run()
+        return _described(setup.config)
+
+    return Contender(name, lambda: schedules[0].run(), warm_up)
+
+
+def _described(config: TrainConfig) -> str:
+    return (
+        f"{config.num_problems} problems, n {config.num_responses}, N "
+        f"{config.branching.num_positions}, C {config.branching.num_continuations}, "
+        f"{config.prompt_budget} + {config.response_budget} tokens, packing {config.packing}, "
+        f"{config.sampler.slots} slots"
+    )
+
+
+PARTS = {"default": part_default}

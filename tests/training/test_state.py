@@ -1,0 +1,66 @@
+"""Settings of training that belong together."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnrl_jax.algorithms.losses import LossConfig
+from attnrl_jax.training.state import TrainConfig
+
+BUDGETS = {"prompt_budget": 1024, "response_budget": 8192, "length_multiple": 1024}
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "length"),
+    [
+        # One of the longest paths on each of eight devices.
+        (BUDGETS | {"micro_batch_tokens": 8 * 9216}, 8, 9216),
+        # Up to four of them in a sequence where one device has the room.
+        (BUDGETS | {"micro_batch_tokens": 8 * 9216}, 1, 4 * 9216),
+        (BUDGETS | {"micro_batch_tokens": 20000}, 1, 2 * 9216),
+        # A path has to fit, whatever a micro-batch is meant to hold.
+        (BUDGETS | {"micro_batch_tokens": 4096}, 1, 9216),
+        (BUDGETS | {"micro_batch_tokens": 8 * 9216, "pack_length": 10000}, 8, 10000),
+        ({"prompt_budget": 64, "response_budget": 160, "length_multiple": 64}, 1, 1024),
+    ],
+)
+def test_length_of_packed_sequences(settings, devices, length):
+    assert TrainConfig(**settings).packed_length(devices) == length
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({}, True),
+        ({"packing": "tree"}, True),
+        ({"packing": "rows"}, False),
+        ({"permute_advantages": True}, False),
+        ({"loss": LossConfig(aggregation="seq-mean-token-mean")}, False),
+        ({"loss": LossConfig(mean_over="micro-batch")}, False),
+    ],
+)
+def test_prefixes_are_shared_where_that_is_exact(settings, shares):
+    assert TrainConfig(**settings).shares_prefixes == shares
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"packing": "trees"}, "packing must be one of auto, tree, rows; got 'trees'"),
+        ({"pack_length": -1}, "pack_length must be >= 0; got -1"),
+        (BUDGETS | {"pack_length": 9215}, r"pack_length 9215 is below .* = 9216"),
+        ({"score_batch_tokens": 0}, "score_batch_tokens must be >= 1; got 0"),
+        ({"packing": "tree", "permute_advantages": True}, "packing 'tree' needs .* and True"),
+        (
+            {"packing": "tree", "loss": LossConfig(mean_over="micro-batch")},
+            r"'tree' needs .*loss.mean_over 'mini-batch'.*'micro-batch'",
+        ),
+        (
+            {"packing": "tree", "loss": LossConfig(aggregation="seq-mean-token-sum")},
+            r"'tree' needs loss.aggregation 'token-mean'.*'seq-mean-token-sum'",
+        ),
+    ],
+)
+def test_errors_name_the_setting(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
