@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import Output, Transformer, unembed
 from attnrl_jax.packing import Layout, batch_slices, pack_paths, take_sequences
-from attnrl_jax.sharding import BATCH, constrain
+from attnrl_jax.sharding import BATCH, constrain, gather_output_matrix
 from attnrl_jax.types import ArrayLike, PackedTokens, Paths, Scores
 
 
@@ -67,8 +68,12 @@ def token_logprobs(
         x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
 
+    # Over `fsdp` once, not again for every chunk: nothing moves out of a branch. In float32, in
+    # which its gradient adds up over chunks.
+    output_params = gather_output_matrix(params)
+
     def values(states, targets):
-        logits = unembed(params, config, states) / temperature
+        logits = unembed(output_params, config, states) / temperature
         logits = constrain(logits, BATCH, None, "tensor")
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -178,7 +183,12 @@ def score(
     )  # fmt: skip
 
 
-def score_rows(
+def score_rows(*args: Any, **kwargs: Any) -> Scores:
+    """`start_scoring`, and what it comes to."""
+    return start_scoring(*args, **kwargs)()
+
+
+def start_scoring(
     params: Any,
     config: ModelConfig,
     tokens: Int[np.ndarray, "row time"],
@@ -192,8 +202,10 @@ def score_rows(
     pack_length: int,
     sharding: jax.sharding.Sharding | None = None,
     row_multiple: int = 1,
-) -> Scores:
+) -> Callable[[], Scores]:
     """Scores any number of host rows, packed into batches of a few fixed shapes.
+
+    The devices begin at once; the host is free until it calls what is returned.
 
     What rows share is computed once, unless `fci` is asked for: a row's column sums are those of
     its own queries alone.
@@ -213,7 +225,7 @@ def score_rows(
       row_multiple: sequences of a batch are a multiple of it.
 
     Returns:
-      host arrays of the given rows and width.
+      a function that waits for the devices and returns host arrays of the given rows and width.
     """
     layout = pack_paths(paths, pack_length, share=step_ids is None)
     ranges = None if step_ids is None else _continuous_ranges(layout, step_ids)
@@ -222,17 +234,20 @@ def score_rows(
     for part in batch_slices(len(layout.row), pack_length, batch_tokens, row_multiple):
         batch = jax.device_put(take_sequences(inputs, part), sharding)
         pending.append(score_packed(params, config, *batch, temperature, delta=delta))
-    # Read back only after everything is dispatched.
-    scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(pending))
-    time = tokens.shape[1]
-    fci = np.zeros(tokens.shape, np.float32)
-    if step_ids is not None and ranges is not None:
-        fci = _ranges_of_rows(scores.fci, layout, ranges, step_ids)
-    return Scores(
-        np.where(wanted, layout.spread(scores.logprobs, time), 0.0),
-        np.where(wanted, layout.spread(scores.entropy, time), 0.0),
-        fci,
-    )
+
+    def finish() -> Scores:
+        scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(pending))
+        time = tokens.shape[1]
+        fci = np.zeros(tokens.shape, np.float32)
+        if step_ids is not None and ranges is not None:
+            fci = _ranges_of_rows(scores.fci, layout, ranges, step_ids)
+        return Scores(
+            np.where(wanted, layout.spread(scores.logprobs, time), 0.0),
+            np.where(wanted, layout.spread(scores.entropy, time), 0.0),
+            fci,
+        )
+
+    return finish
 
 
 def _continuous_ranges(layout: Layout, step_ids: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*", PartitionSpec()),
 )  # fmt: skip
 
-# Keys and values: layer, slot, kv_head, time, head_dim.
+# Keys and values: layer, slot, kv_head, and two axes that are never cut.
 CACHE_SPEC = PartitionSpec(None, BATCH, "tensor", None, None)
 
 
@@ -116,6 +116,14 @@ def constrain_parameters(tree: Any) -> Any:
         ),
         tree,
     )
+
+
+def gather_output_matrix(params: Any) -> Any:
+    """What `unembed` reads, whole along the width and cut over the vocabulary alone."""
+    axes = {"embed_tokens": ("embedding", "tensor", None), "lm_head": ("kernel", None, "tensor")}
+    name = "lm_head" if "lm_head" in params else "embed_tokens"
+    leaf, *spec = axes[name]
+    return {name: {leaf: constrain(params[name][leaf], *spec)}}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from attnrl_jax.models.transformer import forward, unembed
 from attnrl_jax.models.weights import load_params
+from attnrl_jax.scoring import score_packed
 from attnrl_jax.sharding import (
     MeshConfig,
     batch_devices,
@@ -20,6 +22,7 @@ from attnrl_jax.sharding import (
     make_mesh,
     parameter_shardings,
 )
+from attnrl_jax.types import PackedTokens
 
 WHOLE = PartitionSpec()
 COLUMN = PartitionSpec(None, "fsdp", "tensor")
@@ -162,3 +165,23 @@ def test_eight_devices_equal_one(mesh, golden_model, name):
     for path, leaf in by_path(gradient).items():
         assert np.abs(leaf).max() > 0, path
         np.testing.assert_allclose(by_path(gradient8)[path], leaf, atol=1e-5, err_msg=path)
+
+
+def test_the_output_matrix_is_gathered_outside_of_branches(golden_model):
+    """Regression: inside the branch that skips chunks without a wanted token, parameters cut over
+    fsdp were gathered again for every chunk."""
+    golden = golden_model("qwen2_tied")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(golden.params, parameter_shardings(golden.params, mesh))
+        x = jax.device_put(np.zeros((8, 64), np.int32), batch_sharding(mesh))
+        packed = PackedTokens(x, x, x, x, layout="packed")
+        lowered = score_packed.lower(params, golden.config, packed, x > 0, None, chunk_length=16)
+    text = lowered.compile().as_text()
+    branches = re.findall(r"branch_computations=\{(.*?)\}", text)
+    names = {name.strip() for group in branches for name in group.split(",")}
+    assert names
+    for name in names:
+        body = text[text.index(f"\n{name} (") :]
+        assert "all-gather" not in body[: body.index("\n}")]
+    assert "all-gather" in text

@@ -261,7 +261,7 @@ class Transformer(nn.Module):
             steps = StepWeights(step_ids, jnp.asarray(query_weights(step_ids)), delta)
         context = _Context(cos, sin, visible_until, cache_lengths, steps, cache_read, layout)
         layers = nn.scan(
-            _remat(config.remat),
+            _remat("none" if cache is not None else config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),

@@ -5,8 +5,8 @@ decoding the prefix's *last* token again, at its own position. So prefill needs 
 prefilled row serves every shorter cut of itself, and the first sampled token gets its noise and
 its log-probability in the same place as all others.
 
-Everything the functions here are compiled for is static and coarse (model, number of slots,
-bucketed lengths); requests are arrays, so that new ones never compile anything.
+Everything the functions here are compiled for is static and coarse (model, number of slots, length
+of the cache, a few widths of prefixes); requests are arrays, so that new ones compile nothing.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from attnrl_jax.sampling.engine import (
     prefill,
 )
 from attnrl_jax.sampling.requests import Request, check_requests, request_key
-from attnrl_jax.shapes import bucket_length
+from attnrl_jax.shapes import bucket_length, few_lengths
 
 ORDERS = ("longest", "given")
 
@@ -37,7 +37,8 @@ class SamplerConfig:
       chunk: most tokens per slot between two looks of the host.
       prefill_rows: prefixes prefilled at once.
       refill: share of the slots that must be free before the host refills them.
-      length_bucket: cache and prefix lengths are rounded up to multiples of this.
+      length_bucket: cache lengths are rounded up to multiples of this, prefix lengths to 1, 2, 3,
+        4, 6, 8, 12, ... times it.
       attend_parts: attention reads the least number of these equal parts of the cache that holds
         the longest running sequence; 1 always reads all of it and compiles soonest.
       halvings: how often, when nothing waits and half of the slots suffice, the other half is
@@ -45,7 +46,7 @@ class SamplerConfig:
       order: `longest` starts samples of long budgets first, so that few are left when the slots
         drain; `given` keeps the order of the requests.
       cache_length: tokens of prefix and response a slot can hold; None takes the longest request
-        of each call, rounded up.
+        of each call, rounded up (training: its longest path). Another length compiles anew.
     """
 
     slots: int = 64
@@ -95,6 +96,7 @@ class SampleStats:
     Attributes:
       prefills: distinct prefixes that were prefilled.
       prefill_tokens: their tokens.
+      prefill_places: tokens that were prefilled, padding included.
       decode_steps: steps of the decode loop.
       slot_steps: tokens those steps had room for.
       useful_tokens: tokens of the responses.
@@ -104,6 +106,7 @@ class SampleStats:
 
     prefills: int = 0
     prefill_tokens: int = 0
+    prefill_places: int = 0
     decode_steps: int = 0
     slot_steps: int = 0
     useful_tokens: int = 0
@@ -201,7 +204,7 @@ def sample(
 
     ends = np.asarray(end_ids, np.int32)
     truncated = any(r.top_p < 1.0 or r.top_k > 0 for r in requests)
-    blocks = _prefilled(params, model, groups, prefill_rows, config.length_bucket, stats)
+    blocks = _prefilled(params, model, groups, prefill_rows, config.length_bucket, length, stats)
     state = empty_state(model, slots, length)
     running: list[_Sample | None] = [None] * slots
     block = next(blocks)
@@ -209,6 +212,8 @@ def sample(
     news: list[_Sample] = []
     while finished < total:
         free = [slot for slot, running_sample in enumerate(running) if running_sample is None]
+        # Device by device, so that long samples, which follow each other, do not share one.
+        free.sort(key=lambda slot: (slot % (slots // devices), slot))
         while free and waiting:
             if not block.waiting:
                 block = next(blocks)
@@ -322,18 +327,24 @@ def _prefilled(
     groups: list[_Group],
     rows: int,
     length_bucket: int,
+    cache_length: int,
     stats: SampleStats,
 ) -> Iterator[_Block]:
-    """Prefills the groups, `rows` at a time, when their samples are about to be inserted."""
+    """Prefills the groups, `rows` at a time, when their samples are about to be inserted.
+
+    Widths are few, since every one is a program of its own.
+    """
     for first in range(0, len(groups), rows):
         batch = groups[first : first + rows]
         lengths = np.ones(rows, np.int32)
         lengths[: len(batch)] = [len(group.prefix) for group in batch]
-        tokens = np.zeros((rows, bucket_length(int(lengths.max()), length_bucket)), np.int32)
+        width = min(few_lengths(int(lengths.max()), length_bucket), cache_length)
+        tokens = np.zeros((rows, width), np.int32)
         for row, group in enumerate(batch):
             tokens[row, : len(group.prefix)] = group.prefix
         stats.prefills += len(batch)
         stats.prefill_tokens += sum(len(group.prefix) for group in batch)
+        stats.prefill_places += tokens.size
         waiting = deque((row, s) for row, group in enumerate(batch) for s in group.samples)
         yield _Block(prefill(params, model, tokens, lengths), tokens, waiting)
 

@@ -125,7 +125,7 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     problems = _problems_at(state.batch_start, state.batch_count, setup)
     params = state.train.params
     [sampled], tokens = generate(params, setup, [_initial_group(problems, setup, 1)], watch)
-    initial = initial_batch(params, setup, sampled, 0, watch)
+    initial = initial_batch(params, setup, sampled, 0, watch)()
     return dataclasses.replace(
         state, batch=initial, sampled_tokens=tokens, lost_answers=watch.lost_answers
     )
@@ -181,7 +181,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         problems = _problems_at(state.next_start, state.next_count, setup)
         group = _initial_group(problems, setup, step)
         [first], sampled_tokens = generate(params, setup, [group], watch)
-        initial = initial_batch(params, setup, first, version, watch)
+        initial = initial_batch(params, setup, first, version, watch)()
         next_group = Group([], [], [])
     assert initial is not None
 
@@ -200,20 +200,20 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     (continued, next_sampled), tokens = generate(params, setup, [branch_group, next_group], watch)
     sampled_tokens += tokens
 
-    # Score what was sampled.
+    # Score what was sampled. Everything is started before anything is waited for, so that the
+    # devices score the initial responses while the host builds the trees.
     rows = initial
+    next_batch = None
     if branches:
         continuations = rollout.continuation_rows(
             initial, branches, continued.responses, task.tokenizer.separators(), version
         )
-        continuations = score(
-            params, setup, continuations, initial=False, with_fci=False, watch=watch
-        )
         continuations = dataclasses.replace(continuations, reward=continued.rewards)
-        rows = rollout.join_rows(initial, continuations)
-    next_batch = None
+        scored = score(params, setup, continuations, initial=False, with_fci=False, watch=watch)
     if off_policy:
-        next_batch = initial_batch(params, setup, next_sampled, version, watch)
+        scored_next = initial_batch(params, setup, next_sampled, version, watch)
+    if branches:
+        rows = rollout.join_rows(initial, scored())
 
     # Trees, advantages, filters.
     with watch.stage("tree"):
@@ -222,6 +222,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
             kept = jax.tree.map(lambda x: x[trained], rows)
             advantages = advantages.copy()
             advantages[trained] = rollout.permute_across_problems(advantages[trained], kept, rng)
+    if off_policy:
+        next_batch = scored_next()
 
     # Update.
     metrics = sampling_metrics(rows, plan, trained, advantages)

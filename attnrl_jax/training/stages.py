@@ -18,7 +18,7 @@ from attnrl_jax.evaluation import judged_text
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.packing import row_paths
 from attnrl_jax.sampling.sampler import Request, Response, sample
-from attnrl_jax.scoring import score_rows
+from attnrl_jax.scoring import start_scoring
 from attnrl_jax.sharding import batch_devices, batch_sharding
 from attnrl_jax.tasks.judging import Judge, JudgeCounts, Pending
 from attnrl_jax.tasks.problems import Problem
@@ -146,7 +146,7 @@ def generate(
 
     with watch.stage("generate"):
         samples, stats = sample(
-            params, setup.model, requests, task.tokenizer.end_ids, setup.config.sampler,
+            params, setup.model, requests, task.tokenizer.end_ids, setup.config.sampler_shapes,
             on_response=ask,
         )  # fmt: skip
     with watch.stage("judge"):
@@ -173,22 +173,22 @@ def initial_batch(
     sampled: Sampled,
     version: int,
     watch: Stopwatch,
-) -> Rollouts:
-    """Initial responses as rows, scored, with their rewards."""
+) -> Callable[[], Rollouts]:
+    """Initial responses as rows, with their rewards; scored when what is returned is called."""
     config = setup.config
     width = config.prompt_budget + config.response_budget
     separators = setup.task.tokenizer.separators()
     prompts = [request.prefix for request in sampled.requests]
     rows = rollout.initial_rows(prompts, sampled.responses, separators, width, version)
     with_fci = config.branching.rule == "fci" or config.expansion.filter_easy
-    rows = score(params, setup, rows, initial=True, with_fci=with_fci, watch=watch)
-    return dataclasses.replace(rows, reward=sampled.rewards)
+    rows = dataclasses.replace(rows, reward=sampled.rewards)
+    return score(params, setup, rows, initial=True, with_fci=with_fci, watch=watch)
 
 
 def score(
     params: Any, setup: Setup, rows: Rollouts, *, initial: bool, with_fci: bool, watch: Stopwatch
-) -> Rollouts:
-    """Fills in what one forward pass says of the tokens that the rows sampled themselves.
+) -> Callable[[], Rollouts]:
+    """Starts one forward pass over the tokens that the rows sampled themselves.
 
     Args:
       params: of the policy that sampled them.
@@ -197,12 +197,15 @@ def score(
       initial: which of these.
       with_fci: ask for forward context influence.
       watch: of the step.
+
+    Returns:
+      a function that waits for it and returns the rows with what it says of them.
     """
     config = setup.config
     devices = layout(setup.mesh)
     with watch.stage("score"):
         own = rollout.own_tokens(rows)
-        scores = score_rows(
+        scored = start_scoring(
             params,
             setup.model,
             rows.tokens,
@@ -215,13 +218,19 @@ def score(
             pack_length=config.packed_length(devices.get("row_multiple", 1)),
             **devices,
         )
-        logprobs = scores.logprobs if config.behaviour == "scorer" else rows.logprobs
-        return dataclasses.replace(
-            rows,
-            logprobs=np.where(own, logprobs, rows.logprobs),
-            entropy=np.where(own, scores.entropy, rows.entropy),
-            fci=np.asarray(scores.fci),
-        )
+
+    def finish() -> Rollouts:
+        with watch.stage("score"):
+            scores = scored()
+            logprobs = scores.logprobs if config.behaviour == "scorer" else rows.logprobs
+            return dataclasses.replace(
+                rows,
+                logprobs=np.where(own, logprobs, rows.logprobs),
+                entropy=np.where(own, scores.entropy, rows.entropy),
+                fci=np.asarray(scores.fci),
+            )
+
+    return finish
 
 
 def train_rows(rows: Rollouts, advantages: np.ndarray, trained: np.ndarray) -> TrainRows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -80,8 +80,9 @@ class TrainConfig:
         rows are packed into sequences.
       pack_length: tokens of a packed sequence, in updates and scoring; 0 chooses (see
         `packed_length`).
-      micro_batch_tokens: padded tokens per forward and backward pass.
-      score_batch_tokens: padded tokens per forward pass of scoring.
+      micro_batch_tokens: padded tokens per forward and backward pass, over all devices; at least
+        one sequence a device, so more where that is longer.
+      score_batch_tokens: padded tokens per forward pass of scoring, likewise.
       length_multiple: widths of compiled programs are multiples of it.
       eval_every: steps between held-out evaluations; 0 only at the start and the end.
       eval_problems: held-out problems used (0: all).
@@ -198,6 +199,12 @@ class TrainConfig:
         longest = bucket_length(self.prompt_budget + self.response_budget, self.length_multiple)
         paths = self.micro_batch_tokens // row_multiple // longest
         return self.pack_length or longest * min(max(paths, 1), 4)
+
+    @property
+    def sampler_shapes(self) -> SamplerConfig:
+        """The sampler's settings; a cache length left open is that of the longest path."""
+        longest = self.prompt_budget + self.response_budget
+        return replace(self.sampler, cache_length=self.sampler.cache_length or longest)
 
     @property
     def rows_per_problem(self) -> int:

@@ -4,9 +4,13 @@
     python -m experiments.bench rollouts --only A,B --rounds 5 --check
 
 Prints tables and writes NAME.json and NAME.md to --out (NAME-A-B.json with --only=A,B). All
-contenders run in turn in every round, the others idle meanwhile; ratios are of medians over rounds.
-With --check the exit code is 1 when a ratio that is wanted is missed. Absolute numbers mean little
-on a machine that does other work; the load average is in the report.
+contenders run in turn in every round, the others idle meanwhile, and each round begins with another
+one; ratios are of medians over rounds.
+
+Files are written anew after every part. A part that fails is in them with its error, the others
+still run, and the exit code is 2; otherwise, with --check, it is 1 when a ratio that is wanted is
+missed. Absolute numbers mean little on a machine that does other work; the load average is in the
+report. XLA_FLAGS must not be set: all contenders run with the defaults of XLA.
 
 What we compare with (google-tunix, transformers on torch) lives in a virtual environment of its
 own, which is made on first use. torch's CPU build comes from download.pytorch.org; where that
@@ -17,10 +21,12 @@ holds its wheel.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -33,6 +39,7 @@ from rich.console import Console
 
 from experiments.bench import accelerator, rollouts, scoring, step, update
 from experiments.bench.harness import Context, missed, run_part
+from experiments.bench.processes import check_environment
 from experiments.bench.report import machine, markdown, own_versions, write
 from experiments.bench.venv import DEFAULT
 from experiments.commands import guarded, parser
@@ -48,8 +55,10 @@ BENCHMARKS = {
 RESULTS = Path(__file__).parent / "results"
 
 
-def bench(arguments: argparse.Namespace, command: Sequence[str], console: Console) -> list[str]:
-    """Runs a benchmark and writes its results.
+def bench(
+    arguments: argparse.Namespace, command: Sequence[str], console: Console
+) -> tuple[list[str], list[str]]:
+    """Runs a benchmark and writes its results, after every part.
 
     Args:
       arguments: of the command line.
@@ -57,10 +66,11 @@ def bench(arguments: argparse.Namespace, command: Sequence[str], console: Consol
       console: shows progress and tables.
 
     Returns:
-      a line for every ratio that was missed.
+      a line for every ratio that was missed, and one for every part that failed.
 
     Raises:
-      ValueError: a setting that cannot be, or a contender that failed.
+      ValueError: a setting that cannot be.
+      RuntimeError: there is no device of the platform.
     """
     parts = BENCHMARKS[arguments.name]
     chosen = chosen_parts(arguments.only, parts)
@@ -68,9 +78,20 @@ def bench(arguments: argparse.Namespace, command: Sequence[str], console: Consol
         raise ValueError(f"--rounds must be at least 1; got {arguments.rounds}")
     use_cores(arguments.threads)
     jax.config.update("jax_platforms", arguments.platform)
+    if arguments.name == "accelerator":
+        accelerator.check_platform(arguments.platform)
     # Of one line each, and not cut at the width of the terminal.
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    results = {}
+    results: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "benchmark": arguments.name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python -m experiments.bench {shlex.join(command)}",
+        "platform": arguments.platform,
+        "machine": machine(arguments.threads),
+        "versions": own_versions(),
+    }
+    stem = "-".join([arguments.name, *(chosen if arguments.only else ())])
     with tempfile.TemporaryDirectory() as folder, ExitStack() as closing:
         context = Context(
             folder=Path(folder),
@@ -83,24 +104,24 @@ def bench(arguments: argparse.Namespace, command: Sequence[str], console: Consol
         )
         for name in chosen:
             say(f"{arguments.name}, part {name}")
-            results[name] = run_part(parts[name](context), arguments.rounds, say)
-        peers_versions, notes = context.versions, context.notes
-    result = {
-        "benchmark": arguments.name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m experiments.bench {shlex.join(command)}",
-        "platform": arguments.platform,
-        "machine": machine(arguments.threads),
-        "versions": own_versions(),
-        "peers_versions": peers_versions,
-        "notes": notes,
-        "parts": results,
-    }
-    name = "-".join([arguments.name, *(chosen if arguments.only else ())])
-    paths = write(result, Path(arguments.out), name)
+            try:
+                results[name] = run_part(parts[name](context), arguments.rounds, say)
+            except Exception as error:
+                # Hours of other parts are not lost to one.
+                results[name] = {"title": name, "failed": f"{type(error).__name__}: {error}"}
+                say(f"part {name} failed: {results[name]['failed']}")
+                if arguments.debug:
+                    traceback.print_exc()
+            # What a part held on the device is free for the next.
+            gc.collect()
+            result |= {
+                "peers_versions": context.versions, "notes": context.notes, "parts": results,
+            }  # fmt: skip
+            paths = write(result, Path(arguments.out), stem)
     say("\n" + markdown(result))
     say(f"written: {', '.join(map(str, paths))}")
-    return missed(results)
+    failed = [f"{name}: {part['failed']}" for name, part in results.items() if "failed" in part]
+    return missed(results), failed
 
 
 def chosen_parts(only: str, parts: Mapping[str, Any]) -> list[str]:
@@ -167,12 +188,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    lines = bench(arguments, sys.argv[1:], Console())
-    for line in lines:
+    check_environment()
+    missing, failed = bench(arguments, sys.argv[1:], Console())
+    for line in missing:
         print(f"missed: {line}", file=sys.stderr)
-    if lines and arguments.check:
+    for line in failed:
+        print(f"failed: part {line}", file=sys.stderr)
+    if failed:
+        sys.exit(2)
+    if missing and arguments.check:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    guarded(main, make_parser().parse_args(), "nothing was written; give the same command again")
+    guarded(main, make_parser().parse_args(), "parts that had ended are written")

@@ -1,13 +1,18 @@
 """An accelerator at 1.5 billion parameters: how near to its own limits.
 
 Qwen2 1.5B in shape, random weights, bfloat16. Limits are measured on the same device: bytes per
-second of a copy, and bfloat16 operations per second of a large matrix product.
+second of a copy, and bfloat16 operations per second of a large matrix product, of many in one
+program, so that they hold no dispatch.
 
 - decode: tokens per second over what the bandwidth allows, batch / (bytes / bandwidth); the bytes
   of a step are the weights and the live part of the cache, each read once;
 - score, update: model FLOPs utilisation (MFU, arXiv 2204.02311): 2 and 6 operations per token and
   parameter of a matrix, and those of causal attention, whatever is computed twice, over the rate
-  of the matrix product.
+  of the matrix product. The unembedding counts for tokens whose log-probability is asked for: all
+  in scoring, those of responses in the update.
+
+Memory is what XLA allots for each program: arguments, temporaries and outputs that are in no
+argument's place.
 """
 
 from __future__ import annotations
@@ -23,14 +28,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnrl_jax.algorithms.losses import LossConfig
+from attnrl_jax.models import cudnn, splash
+from attnrl_jax.models.attention import SHORT
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import init_params
 from attnrl_jax.sampling.engine import cast_params, empty_state, generate
 from attnrl_jax.scoring import score
 from attnrl_jax.training.state import TrainConfig, TrainState, init_state
-from attnrl_jax.training.step import update
-from attnrl_jax.types import Paths, TrainRows
+from attnrl_jax.training.step import (
+    accumulate,
+    apply_gradients,
+    no_gradients,
+    pack_rows,
+    update,
+)
+from attnrl_jax.types import Paths, Scores, TrainRows
 from experiments.bench.harness import Contender, Context, Fact, Measured, Part, Runs
+from experiments.bench.limits import (
+    GIBI,
+    allotted_bytes,
+    copy_bandwidth,
+    forward_flops,
+    matmul_rate,
+    matrix_params,
+    step_bytes,
+    tree_bytes,
+)
 
 QWEN2_1P5B = ModelConfig(
     family="qwen2",
@@ -55,58 +78,31 @@ SCORE = (16, 4096)
 UPDATE = (16, 4096)
 LEAST_DECODE = 0.6
 LEAST_MFU = 0.45
-GIBI = 2**30
 
 
-def seconds_of(run: Callable[[], Any], rounds: int = 5) -> float:
-    """Least wall clock of a run, compiled before."""
-    jax.block_until_ready(run())
-    taken = []
-    for _ in range(rounds):
-        began = perf_counter()
-        jax.block_until_ready(run())
-        taken.append(perf_counter() - began)
-    return min(taken)
-
-
-def copy_bandwidth(size: int = GIBI) -> float:
-    """Bytes per second of a copy, read and written."""
-    x = jnp.zeros(size // 4, jnp.float32)
-    # A sum with a number that is not known when it is compiled: a plain copy might be left out.
-    copy = jax.jit(lambda x, y: x + y)
-    return 2 * x.nbytes / seconds_of(lambda: copy(x, np.float32(1)))
-
-
-def matmul_rate(size: int = 8192) -> float:
-    """Operations per second of a product of two square bfloat16 matrices."""
-    x = jnp.ones((size, size), jnp.bfloat16)
-    product = jax.jit(lambda x, y: x @ y)
-    return 2 * size**3 / seconds_of(lambda: product(x, x))
-
-
-def matrix_params(config: ModelConfig) -> int:
-    """Parameters of matrices that every token is multiplied with, the unembedding included."""
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.width * (2 * heads + 2 * kv_heads + 3 * config.mlp_width)
-    return config.num_layers * layer + config.width * config.vocab_size
-
-
-def step_bytes(config: ModelConfig, batch: int, context: float) -> float:
-    """Bytes that a decode step reads at least: weights, and keys and values of the context."""
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * batch * context
-    return (matrix_params(config) + cache) * jnp.dtype(config.dtype).itemsize
-
-
-def forward_flops(config: ModelConfig, rows: int, time: int) -> float:
-    """Operations of a forward pass with logits for every token; attention is causal."""
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * time
-    return rows * time * (2.0 * matrix_params(config) + attention)
+def attention_route(config: ModelConfig, time: int, layout: str) -> str:
+    """The route of `models.attention` that sequences of this layout take on these devices."""
+    platform = jax.default_backend()
+    if config.attention != "auto":
+        return config.attention
+    if time <= SHORT:
+        return "plain"
+    dtype = jnp.dtype(config.dtype)
+    if platform == "gpu" and cudnn.why_not(config.head_dim, dtype, layout) is None:
+        return "cudnn"
+    if platform == "tpu" and splash.why_not(time, layout) is None:
+        return "splash"
+    return "blockwise"
 
 
 def decoding(
     params: Any, config: ModelConfig, batch: int, context: int, steps: int
-) -> Callable[[], Measured]:
-    """`steps` decode steps of sequences that already hold `context` tokens."""
+) -> tuple[Callable[[], Measured], int]:
+    """`steps` decode steps of sequences that already hold `context` tokens.
+
+    Returns:
+      a function that runs them, and the bytes that XLA allots for their program.
+    """
     state = empty_state(config, batch, context + steps)
     whole = jnp.full(batch, context, jnp.int32)
     state = dataclasses.replace(
@@ -117,22 +113,23 @@ def decoding(
         sampling=dataclasses.replace(state.sampling, temperature=jnp.ones(batch)),
     )
     held = [state]
+    # No token ends a response, no refill ends the call.
+    rest = (np.zeros(0, np.int32), np.int32(steps), np.int32(batch + 1))
+    program = generate.lower(params, config, state, *rest).compile()
 
     def run() -> Measured:
         # The same cache again: only its lengths go back.
         state = dataclasses.replace(held.pop(), length=jnp.copy(whole))
         jax.block_until_ready(state)
         began = perf_counter()
-        state, done = generate(
-            params, config, state, np.zeros(0, np.int32), np.int32(steps), np.int32(batch + 1)
-        )
+        state, done = program(params, state, *rest)
         jax.block_until_ready(state)
         seconds = perf_counter() - began
         assert int(done) == steps
         held.append(state)
         return Measured(seconds, float(batch * steps))
 
-    return run
+    return run, allotted_bytes(program)
 
 
 def random_rows(config: ModelConfig, rows: int, time: int) -> np.ndarray:
@@ -141,11 +138,9 @@ def random_rows(config: ModelConfig, rows: int, time: int) -> np.ndarray:
     return rng.integers(1, config.vocab_size, (rows, time), dtype=np.int32)
 
 
-def updating(
-    state: TrainState, config: ModelConfig, rows: int, time: int
-) -> Callable[[], Measured]:
-    """One optimizer update of rows of full length."""
-    train = TrainConfig(
+def update_config(rows: int, time: int) -> TrainConfig:
+    """One optimizer update of rows of full length, four of them a micro-batch."""
+    return TrainConfig(
         prompt_budget=time // 8,
         response_budget=time - time // 8,
         mini_batch_rows=rows,
@@ -153,10 +148,14 @@ def updating(
         packing="rows",
         loss=LossConfig(kl_beta=0.0),
     )
+
+
+def update_rows(config: ModelConfig, rows: int, time: int) -> TrainRows:
+    """Rows of full length, the first eighth of each its prompt."""
     rng = np.random.default_rng(0)
     response = np.tile(np.arange(time) >= time // 8, (rows, 1))
     whole = np.full(rows, time, np.int32)
-    batch = TrainRows(
+    return TrainRows(
         tokens=random_rows(config, rows, time),
         paths=Paths(
             prompt_length=whole // 8,
@@ -168,6 +167,12 @@ def updating(
         advantages=(rng.normal(size=(rows, 1)) * response).astype(np.float32),
         behaviour_logprobs=np.where(response, -np.log(config.vocab_size), 0.0).astype(np.float32),
     )
+
+
+def updating(
+    state: TrainState, config: ModelConfig, train: TrainConfig, batch: TrainRows
+) -> Callable[[], Measured]:
+    """One optimizer update."""
     held = [state]
 
     def run() -> Measured:
@@ -177,9 +182,30 @@ def updating(
         seconds = perf_counter() - began
         assert metrics["updates"] == 1
         held.append(state)
-        return Measured(seconds, float(rows * time))
+        return Measured(seconds, float(batch.paths.length.sum()))
 
     return run
+
+
+def update_memory(
+    state: TrainState, config: ModelConfig, train: TrainConfig, batch: TrainRows
+) -> list[Fact]:
+    """What XLA allots for the programs of an update, and what lies on the device beside them."""
+    state = jax.eval_shape(lambda state: state, state)
+    gradients = jax.eval_shape(no_gradients, state.params)
+    micro = pack_rows(batch, train, 1)[1][0][0]
+    gradient = accumulate.lower(
+        gradients, state.params, config, train.loss, micro, None, np.float32(1), train.temperature
+    ).compile()
+    step = apply_gradients.lower(state, gradients[0], train.optimizer).compile()
+    beside = tree_bytes(state.opt_state)
+    return [
+        _memory(
+            "gradient of a micro-batch, and the optimizer state", allotted_bytes(gradient) + beside
+        ),
+        Fact("of it the optimizer state", beside / GIBI, "GiB"),
+        _memory("optimizer step", allotted_bytes(step)),
+    ]
 
 
 def _contender(name: str, run: Callable[[], Measured], settings: str) -> Contender:
@@ -195,14 +221,23 @@ def _best(runs: Runs, name: str) -> float:
     return float(np.median([measured.amount / measured.seconds for measured in runs[name]]))
 
 
-def _peak_memory() -> list[Fact]:
+def _memory(name: str, size: float) -> Fact:
+    return Fact(f"memory, {name}", size / GIBI, "GiB")
+
+
+def _process_peak() -> list[Fact]:
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
-    return [] if peak is None else [Fact("peak memory so far", peak / GIBI, "GiB")]
+    return [] if peak is None else [_memory("peak of this process so far, all parts", peak)]
 
 
-def _needs_accelerator(context: Context) -> None:
-    if context.platform == "cpu":
+def check_platform(platform: str) -> None:
+    """Refuses the CPU.
+
+    Raises:
+      ValueError: it is one.
+    """
+    if platform == "cpu":
         raise ValueError(
             "accelerator: absolute numbers of a CPU say nothing; give --platform=cuda or tpu"
         )
@@ -219,6 +254,7 @@ def decode_part(
     params = cast_params(init_params(config, jax.random.key(0)), config.dtype)
     bandwidth = copy_bandwidth(copied)
     held: dict[str, Callable[[], Measured]] = {}
+    memory: dict[str, int] = {}
 
     def name(batch: int, length: int) -> str:
         return f"batch {batch}, context {length}"
@@ -228,25 +264,26 @@ def decode_part(
         key = name(batch, length)
         if key not in held:
             held.clear()
-            held[key] = decoding(params, config, batch, length, steps)
+            held[key], memory[key] = decoding(params, config, batch, length, steps)
             held[key]()
         return held[key]()
 
     def facts(runs: Runs) -> list[Fact]:
-        shares = []
+        found = [Fact("copy bandwidth", bandwidth / 1e9, "GB/s")]
         for batch, length in shapes:
+            key = name(batch, length)
             limit = batch * bandwidth / step_bytes(config, batch, length + steps / 2)
-            share = _best(runs, name(batch, length)) / limit
-            shares.append(
-                Fact(f"of the limit, {name(batch, length)}", share, "", at_least=LEAST_DECODE)
-            )
-        return [Fact("copy bandwidth", bandwidth / 1e9, "GB/s"), *shares, *_peak_memory()]
+            share = _best(runs, key) / limit
+            found.append(Fact(f"of the limit, {key}", share, "", at_least=LEAST_DECODE))
+        found += [_memory(key, size) for key, size in memory.items()]
+        return found + _process_peak()
 
     return Part(
-        title="Decoding, Qwen2 1.5B, bfloat16",
+        title=f"Decoding, {_described(config)}",
         unit="tokens/s",
         contenders=[
-            _contender(name(*shape), partial(run, *shape), f"{steps} steps") for shape in shapes
+            _contender(name(*shape), partial(run, *shape), f"{steps} steps in one program")
+            for shape in shapes
         ],
         facts=facts,
     )
@@ -266,22 +303,37 @@ def score_part(
     step_ids = jnp.broadcast_to(jnp.arange(time) // 32, tokens.shape)
     rate = matmul_rate(product)
 
-    def run(with_fci: bool) -> Measured:
+    def compiled(with_fci: bool) -> jax.stages.Compiled:
+        def program(params: Any, tokens: Any, lengths: Any, step_ids: Any) -> Scores:
+            return score(params, config, tokens, lengths, step_ids, with_fci=with_fci)
+
+        # What is not asked for is an argument all the same.
+        made = jax.jit(program, keep_unused=True)
+        return made.lower(params, tokens, lengths, step_ids).compile()
+
+    programs = {"with FCI": compiled(True), "without": compiled(False)}
+
+    def run(name: str) -> Measured:
         began = perf_counter()
-        jax.block_until_ready(score(params, config, tokens, lengths, step_ids, with_fci=with_fci))
+        jax.block_until_ready(programs[name](params, tokens, lengths, step_ids))
         return Measured(perf_counter() - began, float(rows * time))
 
     def facts(runs: Runs) -> list[Fact]:
         flops = forward_flops(config, rows, time) / (rows * time)
-        utilised = [Fact(f"MFU, {name}", _best(runs, name) * flops / rate) for name in runs]
-        return [Fact("matrix product", rate / 1e12, "TFLOP/s"), *utilised, *_peak_memory()]
+        return [
+            Fact("matrix product", rate / 1e12, "TFLOP/s"),
+            *(Fact(f"MFU, {name}", _best(runs, name) * flops / rate) for name in runs),
+            *(_memory(name, allotted_bytes(program)) for name, program in programs.items()),
+            *_process_peak(),
+        ]
 
+    route = f"attention route {attention_route(config, time, 'single')}"
     return Part(
-        title=f"Scoring, Qwen2 1.5B, bfloat16, {rows} rows of {time} tokens",
+        title=f"Scoring, {_described(config)}, {rows} rows of {time} tokens",
         unit="tokens/s",
         contenders=[
-            _contender("with FCI", partial(run, True), "steps of 32 tokens"),
-            _contender("without", partial(run, False), ""),
+            _contender("with FCI", partial(run, "with FCI"), f"steps of 32 tokens, {route}"),
+            _contender("without", partial(run, "without"), route),
         ],
         facts=facts,
     )
@@ -295,38 +347,40 @@ def update_part(
 ) -> Part:
     """The update against the rate of matrix products."""
     rows, time = shape
-    optimizer = TrainConfig().optimizer
-    state = init_state(init_params(config, jax.random.key(0)), optimizer, None)
+    train, batch = update_config(rows, time), update_rows(config, rows, time)
+    state = init_state(init_params(config, jax.random.key(0)), train.optimizer, None)
+    memory = update_memory(state, config, train, batch)
     rate = matmul_rate(product)
-    run = updating(state, config, rows, time)
+    length = train.packed_length()
 
     def facts(runs: Runs) -> list[Fact]:
-        flops = 3 * forward_flops(config, rows, time) / (rows * time)
+        flops = 3 * forward_flops(config, rows, time, logits=time - time // 8) / (rows * time)
         share = _best(runs, "update") * flops / rate
         return [
             Fact("matrix product", rate / 1e12, "TFLOP/s"),
             Fact("MFU", share, "", at_least=LEAST_MFU),
-            *_peak_memory(),
+            *memory,
+            *_process_peak(),
         ]
 
+    settings = (
+        f"float32 parameters and AdamW, remat {config.remat!r}; rows packed without sharing, "
+        f"{train.micro_batch_tokens // time} x {time} tokens a micro-batch, in sequences of "
+        f"{length}, attention route {attention_route(config, length, 'packed')}; "
+        f"{time - time // 8} of the {time} tokens of a row are of the response"
+    )
     return Part(
-        title=f"Update, Qwen2 1.5B, bfloat16, {rows} rows of {time} tokens",
+        title=f"Update, {_described(config)}, {rows} rows of {time} tokens",
         unit="tokens/s",
-        contenders=[_contender("update", run, "float32 parameters and AdamW")],
+        contenders=[_contender("update", updating(state, config, train, batch), settings)],
         facts=facts,
     )
 
 
-def _on_accelerator(part: Callable[[Context], Part]) -> Callable[[Context], Part]:
-    def checked(context: Context) -> Part:
-        _needs_accelerator(context)
-        return part(context)
-
-    return checked
+def _described(config: ModelConfig) -> str:
+    """Name of the shipped shape, or size of another."""
+    name = "Qwen2 1.5B" if config == QWEN2_1P5B else f"{matrix_params(config)} parameters"
+    return f"{name}, {config.dtype}"
 
 
-PARTS = {
-    "decode": _on_accelerator(decode_part),
-    "score": _on_accelerator(score_part),
-    "update": _on_accelerator(update_part),
-}
+PARTS = {"decode": decode_part, "score": score_part, "update": update_part}

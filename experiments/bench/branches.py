@@ -12,6 +12,23 @@ THIRDS = (1 / 3, 2 / 3)
 EARLY = (1 / 20, 3 / 20)
 
 
+def distinct_tokens(paths: Paths) -> int:
+    """Tokens of rows that all have their roots among them, each shared one counted once.
+
+    Args:
+      paths: of rows whose `root` is the number of a row.
+    """
+    _, first = np.unique(paths.problem, return_index=True)
+    is_root = paths.root == np.arange(len(paths.root))
+    own = paths.length - np.where(is_root, paths.prompt_length, paths.shared)
+    return int(paths.prompt_length[first].sum() + own.sum())
+
+
+def sharing(paths: Paths) -> float:
+    """Tokens of the rows over distinct tokens."""
+    return float(paths.length.sum()) / distinct_tokens(paths)
+
+
 def branched_rows(
     problems: int,
     positions: tuple[float, ...],

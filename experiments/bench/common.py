@@ -28,15 +28,15 @@ def checked_peer(context: Context, script: str, model: ours.Model) -> Peer:
     Raises:
       ValueError: its logits differ by more than `TOLERANCE`.
     """
-    checked = context.folder / f"{script}.npy"
+    answer, checked = context.folder / f"{script}.npy", context.folder / f"{script}.checked"
     peer = context.peer(script, folder=str(common_folder(context)))
     if checked.exists():
         return peer
     given = context.folder / "tokens.npy"
     tokens = random_tokens(np.random.default_rng(1), 48)
     np.save(given, tokens)
-    peer.ask("logits", tokens=str(given), out=str(checked))
-    expected, found = ours.logits(model, tokens), np.load(checked)
+    peer.ask("logits", tokens=str(given), out=str(answer))
+    expected, found = ours.logits(model, tokens), np.load(answer)
     difference = float(np.abs(expected - found).max())
     if not difference <= TOLERANCE:
         raise ValueError(
@@ -47,6 +47,7 @@ def checked_peer(context: Context, script: str, model: ours.Model) -> Peer:
         f"Checked: `{script}` loads the folder that we write and gives our logits, largest "
         f"difference {difference:.1e} of logits up to {float(np.abs(expected).max()):.1f}."
     )
+    checked.touch()
     context.say(note)
     context.notes.append(note)
     return peer

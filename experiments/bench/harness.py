@@ -19,11 +19,12 @@ one function for each part of its table (`rollouts.PARTS` has `A`, `B`, `C`), an
   from what was (share of a step), with what is wanted of them;
 - `tables`: any further ones, of text.
 
-`run_part` runs all contenders in turn in each round: ours, peer 1, peer 2, ours, peer 1, ... While
-one computes the others wait: a contender in this process has returned, one in a process of its own
-waits for its next line (`Context.peer`). So what else the machine does hits all of them alike. A
-ratio is one of medians over rounds; the ratio of every round is reported beside it. Nothing else
-decides: `met` is whether the ratio of medians, or the fact, is what was wanted.
+`run_part` runs all contenders in turn in each round, each round beginning with the next of them:
+ours, peer 1, peer 2; peer 1, peer 2, ours; ... While one computes the others wait: a contender in
+this process has returned, one in a process of its own waits for its next line (`Context.peer`). So
+what else the machine does hits all of them alike. A ratio is one of medians over rounds; the ratio
+of every round is reported beside it. Nothing else decides: `met` is whether the ratio of medians,
+or the fact, is what was wanted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from experiments.bench.processes import Peer
 from experiments.bench.venv import peers_python
@@ -110,6 +111,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+Variant = TypeVar("Variant")
 # All runs of each contender, by round.
 Runs = dict[str, list[Measured]]
 
@@ -121,7 +123,7 @@ class Part:
     Attributes:
       title: what is measured, in a line.
       unit: of the table's numbers, such as `useful tokens/s`, or `s`.
-      contenders: in the order in which they run.
+      contenders: in the order in which they run; later rounds begin with another.
       ratios: what is compared.
       quantity: whether contenders are compared by amount per second or by seconds.
       facts: given all runs, single numbers.
@@ -176,12 +178,14 @@ class Context:
         """
         if self.platform != "cpu":
             raise ValueError(f"--platform={self.platform}: this part compares on the CPU")
-        if script not in self._running:
+        if script not in self._running or self._running[script].ended:
             python = peers_python(self.peers, self.find_links, self.say)
             self.say(f"starting {script}")
             started = Peer(python, script, self.folder / f"{script}.log", self.threads)
-            self._running[script] = self.closing.enter_context(started)
+            self.closing.enter_context(started)
             answer = started.ask("load", threads=self.threads, **load)
+            # One that failed to load is not asked again.
+            self._running[script] = started
             self.versions |= answer.get("versions", {})
         return self._running[script]
 
@@ -210,7 +214,9 @@ def run_part(
     load = [os.getloadavg()[0]]
     for number in range(rounds if part.contenders else 0):
         gc.collect()
-        for contender in part.contenders:
+        first = number % len(part.contenders)
+        # Nobody always comes after the same one.
+        for contender in (*part.contenders[first:], *part.contenders[:first]):
             time.sleep(pause)
             measured = contender.run()
             runs[contender.name].append(measured)
@@ -218,6 +224,23 @@ def run_part(
             say(f"round {number + 1}/{rounds}: {contender.name} {shown:.4g} {part.unit}")
         load.append(os.getloadavg()[0])
     return judged(part, settings, runs) | {"load_average": load}
+
+
+def fastest(
+    variants: Sequence[Variant], seconds: Callable[[Variant], float], timings: int = 2
+) -> tuple[Variant, dict[Variant, float]]:
+    """The variant that takes least, and what each took.
+
+    Args:
+      variants: all different.
+      seconds: runs one; each is run once more before, to compile.
+      timings: of each, in turn; the least counts.
+    """
+    for variant in variants:
+        seconds(variant)
+    rounds = [[seconds(variant) for variant in variants] for _ in range(timings)]
+    taken = dict(zip(variants, map(min, zip(*rounds, strict=True)), strict=True))
+    return min(variants, key=lambda variant: taken[variant]), taken
 
 
 def value(measured: Measured, quantity: str) -> float:
@@ -304,9 +327,14 @@ def is_met(number: float, at_least: float | None, at_most: float | None) -> bool
 
 
 def missed(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for every ratio and fact of `run_part`'s results that is not what was wanted."""
+    """A line for every ratio and fact of `run_part`'s results that is not what was wanted.
+
+    Parts that failed have none.
+    """
     lines = []
     for name, part in parts.items():
+        if "failed" in part:
+            continue
         for ratio in part["ratios"]:
             if not ratio["met"]:
                 pair = f"{ratio['of']} over {best_of(ratio['over'])}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,73 +73,115 @@ def sample_rows(model: Model, workload: Rollouts, config: SamplerConfig) -> Meas
     return Measured(seconds, float(taken.sum()), numbers)
 
 
-def sample_static(model: Model, workload: Rollouts, slots: int) -> Measured:
+@dataclass(frozen=True)
+class StaticBatches:
+    """How static batches are made.
+
+    Attributes:
+      slots: rows of a batch.
+      prefill_rows: prefixes of a batch are prefilled so many at a time, those of like width
+        together.
+      order: rows are sorted by the tokens of the `response`, or of prefix and response (`total`).
+    """
+
+    slots: int
+    prefill_rows: int = 8
+    order: str = "response"
+
+    def sorted(self, workload: Rollouts) -> np.ndarray:
+        """Numbers of the rows, the longest first."""
+        prefixes = np.array([len(prefix) for prefix in workload.prefixes])
+        before = {"response": 0, "total": prefixes}[self.order]
+        return np.argsort(-(workload.lengths + before), kind="stable")
+
+
+def sample_static(
+    model: Model, workload: Rollouts, config: StaticBatches, most_steps: int | None = None
+) -> Measured:
     """All rows in static batches of the same model code, at its best.
 
-    Rows are sorted by length. Each prefix is prefilled on its own, a batch at a time, and a batch
-    runs until its longest row is done; attention reads the filled part of the cache.
+    Rows are sorted by length. Each prefix is prefilled on its own, and a batch runs until its
+    longest row is done; attention reads the filled part of the cache.
+
+    Args:
+      model: the model.
+      workload: the rows.
+      config: how batches are made.
+      most_steps: decode steps of each batch at most; None decodes all tokens.
     """
-    order = np.argsort(-workload.lengths, kind="stable")
+    order = config.sorted(workload)
     ends = np.zeros(0, np.int32)
-    steps_done, prefill_tokens, useful = 0, 0, 0
+    steps_done, slot_steps, prefill_tokens, prefill_places, useful = 0, 0, 0, 0, 0
     began = time.perf_counter()
-    for batch in batches_of(len(order), slots):
+    for batch in batches_of(len(order), config.slots):
         rows = order[batch]
-        prefixes = [workload.prefixes[row] for row in rows]
-        prefix_lengths = np.array([len(prefix) for prefix in prefixes], np.int32)
+        # Prefixes of like width are prefilled together.
+        rows = rows[np.argsort([len(workload.prefixes[row]) for row in rows], kind="stable")]
+        prefix_lengths = np.array([len(workload.prefixes[row]) for row in rows], np.int32)
         limits = (prefix_lengths + workload.lengths[rows]).astype(np.int32)
-        width = bucket_length(int(prefix_lengths.max()), BUCKET)
-        tokens = np.zeros((slots, width), np.int32)
-        for entry, prefix in enumerate(prefixes):
-            tokens[entry, : len(prefix)] = prefix
-        lengths = np.ones(slots, np.int32)
-        lengths[: len(rows)] = prefix_lengths
         length = bucket_length(int(limits.max()), BUCKET)
+        state = empty_state(model.config, len(rows), length)
+        for group in batches_of(len(rows), config.prefill_rows):
+            prefixes = [workload.prefixes[row] for row in rows[group]]
+            tokens, lengths = _padded(prefixes, config.prefill_rows)
+            state = insert(
+                state,
+                prefill(model.params, model.config, tokens, lengths),
+                tokens,
+                _admissions(rows, lengths, limits[group], group, config.prefill_rows),
+            )
+            prefill_tokens += sum(map(len, prefixes))
+            prefill_places += tokens.size
         part = bucket_length(-(-length // SamplerConfig().attend_parts), BUCKET)
-        state = insert(
-            empty_state(model.config, slots, length),
-            prefill(model.params, model.config, tokens, lengths),
-            tokens,
-            _admissions(rows, prefix_lengths, limits, slots),
-        )
         state, steps = generate(
-            model.params, model.config, state, ends, np.int32(length), np.int32(slots + 1),
-            False, tuple(range(part, length, part)),
+            model.params, model.config, state, ends, np.int32(most_steps or length),
+            np.int32(len(rows) + 1), False, tuple(range(part, length, part)),
         )  # fmt: skip
         sampled, _, now, steps = jax.device_get((state.tokens, state.logprobs, state.length, steps))
         steps_done += int(steps)
-        useful += int((now[: len(rows)] - prefix_lengths).sum())
-        assert sampled.shape == (slots, length)
-        prefill_tokens += int(prefix_lengths.sum())
+        slot_steps += int(steps) * len(rows)
+        useful += int((now - prefix_lengths).sum())
+        assert sampled.shape == (len(rows), length)
     seconds = time.perf_counter() - began
-    assert useful == workload.lengths.sum()
+    assert most_steps or useful == workload.lengths.sum()
     detail = {
         "decode_steps": float(steps_done),
-        "slot_steps": float(steps_done * slots),
+        "slot_steps": float(slot_steps),
         "prefill_tokens": float(prefill_tokens),
+        "prefill_places": float(prefill_places),
     }
     return Measured(seconds, float(useful), detail)
 
 
+def _padded(prefixes: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens of `rows` prefixes and their lengths; missing ones have length 1."""
+    lengths = np.ones(rows, np.int32)
+    lengths[: len(prefixes)] = [len(prefix) for prefix in prefixes]
+    tokens = np.zeros((rows, bucket_length(int(lengths.max()), BUCKET)), np.int32)
+    for entry, prefix in enumerate(prefixes):
+        tokens[entry, : len(prefix)] = prefix
+    return tokens, lengths
+
+
 def _admissions(
-    rows: np.ndarray, prefix_lengths: np.ndarray, limits: np.ndarray, slots: int
+    rows: np.ndarray, lengths: np.ndarray, limits: np.ndarray, group: slice, size: int
 ) -> Admissions:
-    """Row i of the batch to slot i; the slots left over stay empty."""
-    missing = slots - len(rows)
+    """Row i of the batch to slot i, for a group of them; `size` entries, the last are padding."""
+    taken = np.arange(len(rows))[group]
 
     def padded(values: np.ndarray, fill: int) -> np.ndarray:
-        return np.concatenate([values, np.full(missing, fill)]).astype(np.int32)
+        return np.concatenate([values, np.full(size - len(taken), fill)]).astype(np.int32)
 
     return Admissions(
-        slot=padded(np.arange(len(rows)), slots),
-        row=padded(np.arange(len(rows)), 0),
-        length=padded(prefix_lengths, 1),
+        slot=padded(taken, len(rows)),
+        row=np.arange(size, dtype=np.int32),
+        length=lengths,
         limit=padded(limits, 0),
-        seed=np.tile(request_key(0), (slots, 1)),
-        sample=padded(rows, 0),
-        temperature=np.ones(slots, np.float32),
-        top_p=np.ones(slots, np.float32),
-        top_k=np.zeros(slots, np.int32),
+        seed=np.tile(request_key(0), (size, 1)),
+        sample=padded(rows[group], 0),
+        temperature=np.ones(size, np.float32),
+        top_p=np.ones(size, np.float32),
+        top_k=np.zeros(size, np.int32),
     )
 
 
@@ -186,10 +229,11 @@ def update_config(rows: int, packing: str, response_budget: int = 256) -> TrainC
 def update_ours(model: Model, rows: TrainRows, packing: str) -> Measured:
     """One training step's update of all rows, from fresh state; response tokens."""
     config = update_config(len(rows.tokens), packing, rows.tokens.shape[1] - PROMPT)
+    shape = replace(model.config, remat="none")
     params = jax.tree.map(lambda x: x.copy(), model.params)
     state = jax.block_until_ready(init_state(params, config.optimizer, None))
     began = time.perf_counter()
-    state, metrics = update(state, model.config, config, rows, np.random.default_rng(0))
+    state, metrics = update(state, shape, config, rows, np.random.default_rng(0))
     jax.block_until_ready(state.params)
     seconds = time.perf_counter() - began
     assert metrics["updates"] == 1

@@ -10,7 +10,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+# Settings of XLA that peers do not inherit, so that ours must not have them either.
+XLA_FLAGS = "XLA_FLAGS"
 SCRIPTS = Path(__file__).parent / "peers"
+
+
+def check_environment() -> None:
+    """Refuses settings that would hold for our own side alone.
+
+    Raises:
+      ValueError: XLA_FLAGS is set.
+    """
+    if os.environ.get(XLA_FLAGS):
+        raise ValueError(
+            f"{XLA_FLAGS} is set to {os.environ[XLA_FLAGS]!r}: all contenders run with the "
+            "defaults of XLA; unset it"
+        )
 
 
 class PeerError(ValueError):
@@ -30,7 +45,7 @@ class Peer:
     def __init__(self, python: Path, script: str, log: Path, threads: int):
         self.script, self.log = script, log
         # Nothing that belongs to this process' packages, and no look at the network.
-        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", XLA_FLAGS)}
         environment = inherited | {
             "JAX_PLATFORMS": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
@@ -48,6 +63,11 @@ class Peer:
                 env=environment,
                 text=True,
             )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One command and its answer.

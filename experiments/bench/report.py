@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.bench.harness import best_of, wanted
 from experiments.folders import write_atomically
-from experiments.tables import table
+from experiments.tables import one_line, table
+
+# What jax needs for an accelerator.
+PLUGINS = re.compile(r"jax-cuda\d+-(plugin|pjrt)|libtpu")
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Processor, cores, memory and system."""
+    """Processor, cores, memory and system; the devices that our side computes on."""
+    devices = jax.devices()
     return {
         "processor": _line("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
         "cores": os.cpu_count(),
         "cores_used": threads,
         "memory": _line("/proc/meminfo", "MemTotal") or "unknown",
         "system": platform.platform(),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "device_platform": one_line(devices[0].client.platform_version.strip()),
     }
 
 
@@ -42,7 +52,9 @@ def _line(path: str, name: str) -> str:
 def own_versions() -> dict[str, str]:
     """Of what our own side runs on."""
     packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {"python": platform.python_version()} | packages
+    installed = {found.name: found.version for found in distributions()}
+    plugins = {name: installed[name] for name in sorted(installed) if PLUGINS.fullmatch(name)}
+    return {"python": platform.python_version()} | packages | plugins
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -55,13 +67,16 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"{result['date']}, {about['processor']}, {about['cores_used']} of {about['cores']} cores, "
         f"{about['memory']}, {about['system']}.",
+        f"Our side computes on {about['devices']} x {about['device']} "
+        f"({about['device_platform']}).",
         f"Ours: {versions}." + (f" Peers: {peers}." if peers else ""),
         f"Command: `{result['command']}`.",
     ]
     for note in result["notes"]:
         lines += ["", note]
     for part in result["parts"].values():
-        lines += ["", f"## {part['title']}", "", *_part(part)]
+        shown = [f"Failed: {one_line(part['failed'])}"] if "failed" in part else _part(part)
+        lines += ["", f"## {part['title']}", "", *shown]
     return "\n".join(lines) + "\n"
 
 

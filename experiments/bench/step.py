@@ -1,7 +1,7 @@
 """The wall clock of whole training steps, by stage, and how many tokens are sampled meanwhile.
 
 The shipped policy on its own task, by the settings of the default run, but at learning rate 0 and
-with as many problems in every step: so all steps, of both schedules, do the same work. Tokens
+with as many problems in every step: so all steps, of both schedules, do about as much. Tokens
 sampled per second compares the schedules at equal sampled tokens.
 """
 
@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,15 @@ from attnrl_jax.training.stages import Setup
 from attnrl_jax.training.state import TrainConfig, init_state
 from experiments.bench.harness import Contender, Context, Fact, Measured, Part, Ratio, Runs, Table
 from experiments.configs import attnrl_graph
-from experiments.settings import build
+from experiments.settings import Settings, build
 from experiments.tasks import build_task, load_policy
 
 STEPS = 2
-# What the table names; all other time of a step is `other`.
+# All other time of a step is `other`; the stages in it are shown too.
 STAGES = ("generate", "judge", "score", "update")
+SECONDS = "seconds/"
+# The loop's own names for what is no stage.
+NO_STAGES = ("other", "step")
 MOST_OTHER = 0.05
 SCHEDULES = {"one step off-policy": "off_policy", "two rounds on-policy": "on_policy"}
 
@@ -36,7 +40,7 @@ SCHEDULES = {"one step off-policy": "off_policy", "two rounds on-policy": "on_po
 class Schedule:
     """A run that goes on from one measurement to the next."""
 
-    def __init__(self, setup: Setup, params, steps: int):
+    def __init__(self, setup: Setup, params: Any, steps: int):
         self._setup = setup
         self._steps = steps
         train = init_state(jax.tree.map(jnp.copy, params), setup.config.optimizer, setup.mesh)
@@ -44,7 +48,7 @@ class Schedule:
             self._state: LoopState = start(setup, train)
 
     def run(self) -> Measured:
-        """The next steps: sampled tokens, and the seconds of each stage."""
+        """The next steps: sampled tokens, and the seconds of each stage and of `other`."""
         seconds: dict[str, float] = defaultdict(float)
         tokens = trained = 0.0
         began = time.perf_counter()
@@ -52,14 +56,14 @@ class Schedule:
             with _mesh(self._setup):
                 self._state, report = train_step(self._state, self._setup)
             for name, value in report.metrics.items():
-                if name.startswith("seconds/"):
-                    seconds[name.removeprefix("seconds/")] += value
+                if name.startswith(SECONDS) and name.removeprefix(SECONDS) not in NO_STAGES:
+                    seconds[name] += value
             tokens += report.metrics["tokens/sampled"]
             trained += report.metrics["tokens/trained"]
         jax.block_until_ready(self._state.train.params)
         total = time.perf_counter() - began
-        named = {name: seconds[name] for name in STAGES}
-        detail = named | {"other": total - sum(named.values()), "trained_tokens": trained}
+        named = sum(seconds[SECONDS + name] for name in STAGES)
+        detail = dict(seconds) | {f"{SECONDS}other": total - named, "trained_tokens": trained}
         return Measured(total, tokens, detail)
 
 
@@ -71,33 +75,47 @@ def shares(measurements: Sequence[Measured]) -> dict[str, float]:
     """Part of the wall clock that each stage took, and `other`."""
     total = sum(measured.seconds for measured in measurements)
     return {
-        name: sum(measured.detail[name] for measured in measurements) / total
+        name: sum(measured.detail[SECONDS + name] for measured in measurements) / total
         for name in (*STAGES, "other")
     }
 
 
 def split_table(runs: Runs, steps: int) -> Table:
-    """Seconds of a step, stage by stage, and its tokens; medians of the runs."""
+    """Seconds of a step, stage by stage, and its tokens; medians of the runs.
+
+    Stages that are part of `other` come after it, whichever there are.
+    """
+    found = {
+        name.removeprefix(SECONDS): None
+        for measurements in runs.values()
+        for measured in measurements
+        for name in measured.detail
+        if name.startswith(SECONDS)
+    }
+    inside = [name for name in found if name not in (*STAGES, "other")]
 
     def cells(measurements: Sequence[Measured]) -> list[str]:
         def median(values: Sequence[float]) -> float:
             return float(np.median(values)) / steps
 
         stages = [
-            f"{median([measured.detail[name] for measured in measurements]):.2f}"
-            for name in (*STAGES, "other")
+            f"{median([measured.detail.get(SECONDS + name, 0.0) for measured in measurements]):.2f}"
+            for name in (*STAGES, "other", *inside)
         ]
         whole = median([measured.seconds for measured in measurements])
         tokens = median([measured.amount for measured in measurements])
         trained = median([measured.detail["trained_tokens"] for measured in measurements])
         return [*stages, f"{whole:.2f}", f"{tokens:,.0f}", f"{trained:,.0f}"]
 
-    heading = ["schedule", *STAGES, "other", "step", "tokens sampled", "tokens trained on"]
+    heading = [
+        "schedule", *STAGES, "other", *inside, "step", "tokens sampled", "tokens trained on",
+    ]  # fmt: skip
     rows = [[name, *cells(measurements)] for name, measurements in runs.items()]
-    return Table("Seconds of one training step (medians)", [heading, *rows])
+    holds = f"; other holds {', '.join(inside)}" if inside else ""
+    return Table(f"Seconds of one training step (medians{holds})", [heading, *rows])
 
 
-def settings_of(schedule: str, changes: Mapping[str, object]):
+def settings_of(schedule: str, changes: Mapping[str, object]) -> Settings:
     """The default run's settings for this measurement."""
     config = attnrl_graph.get_config()
     config.update(dict(changes))
@@ -140,7 +158,7 @@ def part_default(context: Context, steps: int = STEPS, **changes: object) -> Par
     )
 
 
-def _contender(name: str, setup: Setup, params, steps: int) -> Contender:
+def _contender(name: str, setup: Setup, params: Any, steps: int) -> Contender:
     schedules: list[Schedule] = []
 
     def warm_up() -> str:

@@ -226,7 +226,10 @@ def test_failure_leaves_nothing(tmp_path, damaged, golden_model):
 
 
 def test_nothing_imports_torch():
+    """But for what the benchmarks run in a virtual environment of its own."""
+    peers = ROOT / "experiments" / "bench" / "peers"
     files = [path for name in ("attnrl_jax", "experiments") for path in (ROOT / name).rglob("*.py")]
+    files = [path for path in files if peers not in path.parents]
     assert len(files) > 5
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):

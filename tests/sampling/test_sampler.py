@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from attnrl_jax.models.transformer import forward, unembed
-from attnrl_jax.sampling.engine import Sampling, cast_params, perturbed_logits
+from attnrl_jax.sampling.engine import (
+    Sampling,
+    cast_params,
+    generate,
+    insert,
+    perturbed_logits,
+    prefill,
+)
 from attnrl_jax.sampling.sampler import Request, SamplerConfig, request_key, sample
 from attnrl_jax.scoring import score
 from attnrl_jax.sharding import MeshConfig, make_mesh, parameter_shardings
@@ -120,9 +127,15 @@ def _assert_equal_up_to_ties(policy, requests, responses, wanted):
 
 
 def test_equals_one_by_one_sampling_up_to_ties(policy):
-    """Also checks each token against noise made outside the sampler."""
+    """Also checks each token against noise made outside the sampler.
+
+    Together, the cache is read up to 16, 32, 48 or 64 entries; one prefix ends where 16 do.
+    """
     requests = _mixed_requests(51)
-    together, _ = sample(*policy, requests, END, SMALL)
+    requests[0] = replace(requests[0], prefix=np.resize(requests[0].prefix, 16))
+    levels = replace(SMALL, length_bucket=16, cache_length=64)
+    together, stats = sample(*policy, requests, END, levels)
+    assert stats.cache_length == 64
     alone = replace(SMALL, slots=1, prefill_rows=1, attend_parts=1)
     singles = [sample(*policy, [request], END, alone)[0][0] for request in requests]
     tied, count = _assert_equal_up_to_ties(policy, requests, together, singles)
@@ -375,7 +388,7 @@ def test_nothing_to_sample(policy):
     "mesh_config", [MeshConfig(data=-1), MeshConfig(data=-1, fsdp=2, tensor=2)], ids=str
 )
 def test_sharded_equals_one_device(policy, mesh_config):
-    """On the 8 simulated devices that conftest asks for."""
+    """On the 8 simulated devices that conftest asks for; slots are given up on each of them."""
     params, config = policy
     assert jax.device_count() == 8
     requests = _mixed_requests()
@@ -383,6 +396,20 @@ def test_sharded_equals_one_device(policy, mesh_config):
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, parameter_shardings(params, mesh))
-        sharded, _ = sample(spread, config, requests, END, SMALL)
+        halved = replace(SMALL, slots=16, halvings=1)
+        sharded, stats = sample(spread, config, requests, END, halved)
+    assert stats.slot_steps < 16 * stats.decode_steps
     tied, _ = _assert_equal_up_to_ties(policy, requests, sharded, wanted)
     assert tied <= 1
+
+
+def test_new_lengths_compile_nothing(policy):
+    """Prefixes of any length up to 64 share four widths, whatever their number and budgets."""
+    config = replace(SMALL, length_bucket=16, cache_length=80, attend_parts=1)
+    functions = (prefill, insert, generate)
+    counts = []
+    for lengths in ((10, 30, 40, 60), (1, 17, 33, 49, 50, 64), (63, 48, 31, 15, 5)):
+        for length in lengths:
+            sample(*policy, [Request(np.full(length, 9), 2, 1 + length % 16, seed=0)], (), config)
+        counts.append([function._cache_size() for function in functions])
+    assert counts[0] == counts[1] == counts[2]

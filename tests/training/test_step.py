@@ -98,7 +98,7 @@ def gradients(golden, rows, micro_tokens, mesh=None, reference=None, **changes):
 
 def assert_close(one, other, tolerance):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-4), one, other
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-5), one, other
     )
 
 
