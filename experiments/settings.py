@@ -34,15 +34,21 @@ class ModelSettings:
         project.
       dtype: of scoring, sampling and updates, `float32` or `bfloat16`; parameters are float32.
       tokenizer: `auto` (the folder's files; bytes where it has none) or `bytes`.
-      attention, block_length, remat: how attention is computed and what the backward pass
-        recomputes, as in `models.config.ModelConfig`; they change speed and memory only.
+      attention: how attention is computed. `auto` (the kernel of the platform where it fits),
+        `blockwise` (plain XLA, any platform), `splash` (TPU) or `cudnn` (NVIDIA GPU, bfloat16):
+        that kernel wherever it fits, else `blockwise`; `plain` needs memory for the whole map.
+      block_length: rows of attention that are worked on at once.
+      remat: what the backward pass keeps of each layer rather than compute again: `none`
+        (everything), `dots` (results of the projections and of attention), `attention` (results of
+        attention) or `full` (nothing). Like attention and block_length it changes speed and memory
+        only; `models.config.ModelConfig` says more of all three.
     """
 
     path: str = ""
     dtype: str = "float32"
     tokenizer: str = "auto"
     attention: str = "auto"
-    block_length: int = 512
+    block_length: int = 1024
     remat: str = "attention"
 
 

@@ -20,7 +20,7 @@ from attnrl_jax.datasets.names import is_prepared_folder, read_held_out, resolve
 from attnrl_jax.datasets.preparation import Prepared, only_overlap, prepare
 from attnrl_jax.datasets.prepared import find_prepared, open_prepared, read_metadata
 from attnrl_jax.datasets.stream import ProblemStream
-from attnrl_jax.models.attention import check_platform
+from attnrl_jax.models.attention import check_route
 from attnrl_jax.models.config import ModelConfig, read_config
 from attnrl_jax.models.transformer import init_params
 from attnrl_jax.models.weights import load_params
@@ -71,7 +71,8 @@ def load_policy(settings: Settings, mesh: Mesh) -> Policy:
     """Model, parameters and tokenizer of the policy to start from.
 
     Raises:
-      ModelError, ValueError: the folder cannot be used, or is too short for the budgets.
+      ModelError, ValueError: the folder cannot be used, its model is too short for the budgets, or
+        `model.attention` names a route that model or devices do not have.
     """
     folder = model_folder(settings.model.path) if settings.model.path else shipped_policy()
     chosen = settings.model
@@ -81,7 +82,7 @@ def load_policy(settings: Settings, mesh: Mesh) -> Policy:
         block_length=chosen.block_length,
         remat=chosen.remat,
     )
-    check_platform(model.attention, mesh.devices.flat[0].platform)
+    check_route(model, mesh.devices.flat[0].platform)
     needed = settings.train.prompt_budget + settings.train.response_budget
     if needed > model.max_length:
         raise SettingError(

@@ -27,7 +27,7 @@ from attnrl_jax.types import ArrayLike
 
 
 def query_weights(step_ids: Int[ArrayLike, "*batch time"]) -> Float[ArrayLike, "*batch time"]:
-    """1 / |step(q)| of each query token q; 0 for padding. Sums to one over every range."""
+    """1 / |step(q)| of each query token q; 0 for padding (all behind). Sums to one over a range."""
     xp = step_ids.__array_namespace__()
     # One range more than tokens, so that no prompt at all is no special case.
     starts, ends = step_bounds(step_ids, num_ranges=step_ids.shape[-1] + 1)
@@ -50,7 +50,7 @@ def pool_columns(
     Args:
       columns: one number per key token. Axes between those of the batch and time (layers, heads)
         share the sequence's ranges.
-      step_ids: range of each token, -1 for padding.
+      step_ids: range of each token, never falling along time; -1 for padding, all of it behind.
       num_ranges: length of the step axis; by default that of the time axis.
     """
     if step_ids.ndim > 1:
@@ -58,9 +58,7 @@ def pool_columns(
     num_ranges = step_ids.shape[-1] if num_ranges is None else num_ranges
     # Padding goes to a range of its own, which is cut off.
     ids = jnp.where(step_ids < 0, num_ranges, step_ids)
-    sums = jax.ops.segment_sum(
-        jnp.moveaxis(columns, -1, 0), ids, num_segments=num_ranges + 1, indices_are_sorted=True
-    )
+    sums = jax.ops.segment_sum(jnp.moveaxis(columns, -1, 0), ids, num_segments=num_ranges + 1)
     starts, ends = step_bounds(step_ids, num_ranges)
     size = jnp.maximum(ends - starts, 1).astype(columns.dtype)
     sums = jnp.moveaxis(sums[:num_ranges], 0, -1)

@@ -12,8 +12,15 @@ trees laid out depth first (to the end of what hangs below the key).
 | `plain` | everywhere | memory for the whole map: the reference, and the quadratic comparison |
 
 `auto` takes the kernel of the platform that the program is compiled for where it fits, otherwise
-`blockwise`, and `plain` up to 64 tokens. Every route but `plain` needs memory linear in time,
-forward and backward.
+`blockwise`, and `plain` up to 64 tokens. `splash` and `cudnn`, asked for by name, are taken
+wherever they fit, and `blockwise` where they do not. Scoring and updates lay rows out as `packed`
+or `tree`: on a GPU these take `blockwise`, never `cudnn`, which is left with passes over `single`
+rows; on a TPU trees take `blockwise`. Every route but `plain` needs memory linear in time, forward
+and backward.
+
+`blockwise` is two programs: on a CPU tiles of queries and keys, those that a sequence does not see
+skipped (`models.blockwise`); elsewhere large blocks of queries, against all keys before their end
+(`models.query_blocks`).
 
 Suffixes name the axes: B batch, T query time, U key time, H heads, K key/value heads, G query heads
 of one key/value head, D head_dim.
@@ -32,9 +39,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from attnrl_jax.models import blockwise, cudnn, splash
+from attnrl_jax.models import blockwise, cudnn, query_blocks, splash
 from attnrl_jax.models.blockwise import MASKED, StepWeights
-from attnrl_jax.models.config import LAYOUTS
+from attnrl_jax.models.config import LAYOUTS, ModelConfig
 from attnrl_jax.sharding import BATCH, fit_spec
 
 # What a backward pass needs of attention besides its inputs; `ModelConfig.remat` names them.
@@ -52,27 +59,38 @@ class Route:
 
     Attributes:
       name: one of `config.ATTENTION`.
-      block_length: edge of a tile of the blockwise route.
+      block_length: of the blockwise route, rows of each key/value head that are worked on at once.
       layout: what `visible_until` can be: `single` (one right-padded row per sequence), `packed`
         (rows behind each other, padding anywhere) or `tree` (anything).
-      interpret: runs the TPU kernels in Pallas' interpreter, for tests without one.
+      interpret: runs what accelerators run, for tests without one: the TPU kernels in Pallas'
+        interpreter, the cuDNN call with jax's plain implementation, the blockwise route by large
+        blocks of queries.
     """
 
     name: str = "auto"
-    block_length: int = 512
+    block_length: int = 1024
     layout: str = "tree"
     interpret: bool = False
 
 
-def check_platform(name: str, platform: str) -> None:
-    """Refuses a route that the devices of a run do not have.
+def check_route(config: ModelConfig, platform: str) -> None:
+    """Refuses a route asked for by name that the devices of a run lack, or the model never takes.
 
     Raises:
-      ValueError: naming the route and its platform.
+      ValueError: naming the route and its platform, or what of the model is in its way.
     """
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)
     if platform != needed:
-        raise ValueError(f"attention={name!r} runs on a {needed} only; the devices are {platform}")
+        raise ValueError(
+            f"attention={config.attention!r} runs on a {needed} only; the devices are {platform}"
+        )
+    _check_model(config.attention, config.head_dim, jnp.dtype(config.dtype))
+
+
+def _check_model(name: str, head_dim: int, dtype: Any) -> None:
+    obstacle = cudnn.why_never(head_dim, dtype) if name == "cudnn" else None
+    if obstacle is not None:
+        raise ValueError(f"attention={name!r} cannot be used with this model: {obstacle}")
 
 
 def attention(
@@ -96,7 +114,8 @@ def attention(
       given; maps `[batch, head, query, key]` float32 if `keep_maps`.
 
     Raises:
-      ValueError: a route that was asked for by name cannot take these arrays, or an unknown layout.
+      ValueError: `cudnn` asked for by name with a dtype or head_dim that it never takes, or an
+        unknown layout.
     """
     batch, time, heads, head_dim = q_BTHD.shape
     kv_heads = k_BKUD.shape[1]
@@ -123,23 +142,21 @@ def attention(
 
 def _chosen(route: Route, time: int, head_dim: int, dtype: Any) -> str:
     """The route to take: `auto` stays where the platform decides between kernels at lowering."""
-    obstacles = {
-        "splash": splash.why_not(time, route.layout),
-        "cudnn": cudnn.why_not(head_dim, dtype, route.layout),
+    _check_model(route.name, head_dim, dtype)
+    fits = {
+        "splash": splash.why_not(time, route.layout) is None,
+        "cudnn": cudnn.why_not(head_dim, dtype, route.layout) is None,
     }
-    if route.name in obstacles:
-        obstacle = obstacles[route.name]
-        if obstacle is not None:
-            raise ValueError(f"attention={route.name!r} cannot be used here: {obstacle}")
-        return route.name
+    if route.name in fits:
+        return route.name if fits[route.name] else "blockwise"
     if route.name != "auto":
         return route.name
     if time <= SHORT:
         return "plain"
-    if jax.default_backend() == "gpu" and obstacles["cudnn"] is None:
+    if jax.default_backend() == "gpu" and fits["cudnn"]:
         # Cannot be traced without a GPU, so it is not left to the lowering.
         return "cudnn"
-    return "auto" if obstacles["splash"] is None else "blockwise"
+    return "auto" if fits["splash"] else "blockwise"
 
 
 def _plain(
@@ -169,12 +186,11 @@ def _plain(
 
 def _cudnn(route, q_BTHD, q_BKGTD, k_BKUD, v_BKUD, visible_until, steps):
     lengths = visible_until.max(axis=1)
-    out, logsumexp = cudnn.attention(q_BTHD, k_BKUD, v_BKUD, lengths, route.interpret)
+    out = cudnn.attention(q_BTHD, k_BKUD, v_BKUD, lengths, route.interpret)
     if steps is None:
         return out, None
-    logsumexp = jnp.moveaxis(logsumexp, 2, 1).reshape(q_BKGTD.shape[:-1])
-    sweep = functools.partial(blockwise.column_sums, block_length=route.block_length)
-    arrays = jax.lax.stop_gradient((q_BKGTD, k_BKUD, logsumexp))
+    sweep = functools.partial(query_blocks.column_sums, block_length=route.block_length)
+    arrays = jax.lax.stop_gradient((q_BKGTD, k_BKUD))
     return out, _on_shards(sweep, *arrays, visible_until, steps)
 
 
@@ -248,6 +264,8 @@ def _by_platform(route: Route, cpu: Any, others: Any, tpu: Any, *arrays: Any) ->
     """`tpu` where the route allows it, and the blockwise route in the form of the platform."""
     if route.name == "splash":
         return tpu(*arrays)
+    if route.interpret:
+        return others(*arrays)
     if route.name == "auto":
         return jax.lax.platform_dependent(*arrays, cpu=cpu, tpu=tpu, default=others)
     return jax.lax.platform_dependent(*arrays, cpu=cpu, default=others)
@@ -256,36 +274,28 @@ def _by_platform(route: Route, cpu: Any, others: Any, tpu: Any, *arrays: Any) ->
 def _local_forward(
     route: Route, q: Array, k: Array, v: Array, visible_until: Array, steps: StepWeights | None
 ) -> tuple[Array, Float[Array, "batch kv_head group time"], Array | None]:
-    def with_columns(kernel: Callable[..., Any], columns: Callable[..., Array]) -> Any:
-        def run(q, k, v, visible_until, steps):
-            out, logsumexp = kernel(q, k, v, visible_until)
-            if steps is None:
-                return out, logsumexp, None
-            return out, logsumexp, columns(q, k, logsumexp, visible_until, steps)
+    def tiles(q, k, v, visible_until, steps):
+        return blockwise.forward(q, k, v, visible_until, _cpu_block(route), steps)
 
-        return run
+    def large_blocks(q, k, v, visible_until, steps):
+        return query_blocks.forward(q, k, v, visible_until, route.block_length, steps)
 
-    def blocks(q, k, v, visible_until):
-        return blockwise.forward(q, k, v, visible_until, route.block_length)[:2]
+    def tpu(q, k, v, visible_until, steps):
+        out, logsumexp = splash.forward(q, k, v, visible_until, route.interpret)
+        columns = None
+        if steps is not None:
+            columns = splash.column_sums(q, k, logsumexp, visible_until, steps, route.interpret)
+        return out, logsumexp, columns
 
-    column_blocks = functools.partial(blockwise.column_sums, block_length=route.block_length)
-
-    def one_sweep(q, k, v, visible_until, steps):
-        block_length = min(route.block_length, CPU_BLOCK)
-        return blockwise.forward(q, k, v, visible_until, block_length, steps)
-
-    tpu = with_columns(
-        functools.partial(splash.forward, interpret=route.interpret),
-        functools.partial(splash.column_sums, interpret=route.interpret),
-    )
-    return _by_platform(
-        route, _row_by_row(one_sweep), with_columns(blocks, column_blocks), tpu,
-        q, k, v, visible_until, steps,
-    )  # fmt: skip
+    return _by_platform(route, _row_by_row(tiles), large_blocks, tpu, q, k, v, visible_until, steps)
 
 
 def _local_backward(route: Route, *arrays: Array) -> tuple[Array, Array, Array]:
-    blocks = functools.partial(blockwise.backward, block_length=route.block_length)
-    cpu = functools.partial(blockwise.backward, block_length=min(route.block_length, CPU_BLOCK))
+    tiles = functools.partial(blockwise.backward, block_length=_cpu_block(route))
+    large_blocks = functools.partial(query_blocks.backward, block_length=route.block_length)
     tpu = functools.partial(splash.backward, interpret=route.interpret)
-    return _by_platform(route, _row_by_row(cpu), blocks, tpu, *arrays)
+    return _by_platform(route, _row_by_row(tiles), large_blocks, tpu, *arrays)
+
+
+def _cpu_block(route: Route) -> int:
+    return min(route.block_length, CPU_BLOCK)

@@ -1,9 +1,12 @@
 """Causal attention by tiles of queries and keys, in plain XLA: forward, backward, column sums.
 
-Tiles that no query sees are not visited: which ones is data (packed sequences and trees hide most
-of a long sequence from each other), so the loops over keys have as many turns as a block of queries
-has visible tiles. Softmax is taken as in flash attention (arXiv 2307.08691): a running maximum and
-sum per query, kept as their log-sum-exp for the backward pass. No buffer grows faster than time.
+The form of a CPU (`query_blocks` has that of accelerators). Tiles that no query sees are not
+visited: which ones is data (packed sequences and trees hide most of a long sequence from each
+other), so the loops over keys have as many turns as a block of queries has visible tiles. A tile
+counts as seen if one sequence of the batch sees it: `models.attention` gives sequences one by one,
+so that each skips its own. Softmax is taken as in flash attention (arXiv 2307.08691): a running
+maximum and sum per query, kept as their log-sum-exp for the backward pass. No buffer grows faster
+than time.
 
 Suffixes name the axes: B batch, T query time, U key time, H heads, K key/value heads, G query heads
 of one key/value head, D head_dim.
@@ -44,7 +47,8 @@ class _Blocks(NamedTuple):
     Attributes:
       queries, keys: length of a block of each.
       visible_until: by block of keys, `[block, batch, key]`.
-      order: by block of queries, the blocks of keys it sees, ascending, then the others.
+      order: by block of queries, the blocks of keys that it sees in any sequence of the batch,
+        ascending, then the others.
       turns: how many it sees.
     """
 
@@ -55,7 +59,7 @@ class _Blocks(NamedTuple):
     turns: Int[Array, "query_block"]
 
 
-def _cut(x: Array, axis: int, block: int) -> Array:
+def cut(x: Array, axis: int, block: int) -> Array:
     """Pads an axis with zeros to whole blocks and moves the blocks in front."""
     time = x.shape[axis]
     blocks = -(-time // block)
@@ -65,8 +69,8 @@ def _cut(x: Array, axis: int, block: int) -> Array:
     return jnp.moveaxis(x, axis, 0)
 
 
-def _join(x: Array, axis: int, time: int) -> Array:
-    """Undoes `_cut`."""
+def join(x: Array, axis: int, time: int) -> Array:
+    """Undoes `cut`."""
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     return jax.lax.slice_in_dim(x, 0, time, axis=axis)
@@ -77,7 +81,7 @@ def _blocks(visible_until: Int[Array, "batch time"], block_length: int, group: i
     keys = min(block_length, time)
     # A tile has about block_length rows for each key/value head.
     queries = min(max(block_length // group, 1), time)
-    until = _cut(visible_until, 1, keys)
+    until = cut(visible_until, 1, keys)
     first_query = jnp.arange(-(-time // queries)) * queries
     first_key = jnp.arange(until.shape[0]) * keys
     sees = (first_key[None, :] < first_query[:, None] + queries) & (
@@ -110,11 +114,11 @@ def forward(
     scale = q_BKGTD.shape[-1] ** -0.5
     blocks = _blocks(visible_until, block_length, group)
     num_keys = blocks.order.shape[1]
-    k_blocks, v_blocks = _cut(k_BKUD, 2, blocks.keys), _cut(v_BKUD, 2, blocks.keys)
+    k_blocks, v_blocks = cut(k_BKUD, 2, blocks.keys), cut(v_BKUD, 2, blocks.keys)
     rows = (batch, kv_heads, group, blocks.queries)
     if steps is not None:
-        query_steps = tuple(_cut(x, 1, blocks.queries) for x in (steps.step_ids, steps.weights))
-        key_steps = _cut(steps.step_ids, 1, blocks.keys)
+        query_steps = tuple(cut(x, 1, blocks.queries) for x in (steps.step_ids, steps.weights))
+        key_steps = cut(steps.step_ids, 1, blocks.keys)
 
     def query_block(carry, inputs):
         i, q, order, turns, own_steps = inputs
@@ -178,15 +182,15 @@ def forward(
         )
     inputs = (
         jnp.arange(blocks.order.shape[0]),
-        _cut(q_BKGTD, 3, blocks.queries),
+        cut(q_BKGTD, 3, blocks.queries),
         blocks.order,
         blocks.turns,
         query_steps if steps is not None else None,
     )
     (columns, _), (out, logsumexp) = jax.lax.scan(query_block, carry, inputs)
     if columns is not None:
-        columns = _join(columns, 3, time)
-    return _join(out, 3, time), _join(logsumexp, 3, time), columns
+        columns = join(columns, 3, time)
+    return join(out, 3, time), join(logsumexp, 3, time), columns
 
 
 def backward(
@@ -203,7 +207,7 @@ def backward(
     group, time, head_dim = q_BKGTD.shape[2:]
     scale = head_dim**-0.5
     blocks = _blocks(visible_until, block_length, group)
-    k_blocks, v_blocks = _cut(k_BKUD, 2, blocks.keys), _cut(v_BKUD, 2, blocks.keys)
+    k_blocks, v_blocks = cut(k_BKUD, 2, blocks.keys), cut(v_BKUD, 2, blocks.keys)
     mean = jnp.sum(d_out_BKGTD.astype(jnp.float32) * out_BKGTD.astype(jnp.float32), axis=-1)
 
     def query_block(carry, inputs):
@@ -238,59 +242,14 @@ def backward(
 
     inputs = (
         jnp.arange(blocks.order.shape[0]),
-        *(_cut(x, 3, blocks.queries) for x in (q_BKGTD, d_out_BKGTD, logsumexp, mean)),
+        *(cut(x, 3, blocks.queries) for x in (q_BKGTD, d_out_BKGTD, logsumexp, mean)),
         blocks.order,
         blocks.turns,
     )
     zeros = jnp.zeros(k_blocks.shape, jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(query_block, (zeros, zeros), inputs)
     return (
-        _join(d_q, 3, time),
-        _join(d_k, 2, time).astype(k_BKUD.dtype),
-        _join(d_v, 2, time).astype(v_BKUD.dtype),
+        join(d_q, 3, time),
+        join(d_k, 2, time).astype(k_BKUD.dtype),
+        join(d_v, 2, time).astype(v_BKUD.dtype),
     )
-
-
-def column_sums(
-    q_BKGTD: Array,
-    k_BKUD: Array,
-    logsumexp: Float[Array, "batch kv_head group time"],
-    visible_until: Int[Array, "batch time"],
-    steps: StepWeights,
-    block_length: int,
-) -> Float[Array, "batch kv_head group time"]:
-    """The column sums of `forward` from the log-sum-exp of another forward pass.
-
-    One more product of queries and keys, for where the exponentials themselves were not kept.
-    """
-    batch, kv_heads, group, time, head_dim = q_BKGTD.shape
-    scale = head_dim**-0.5
-    blocks = _blocks(visible_until, block_length, group)
-    k_blocks, key_steps = _cut(k_BKUD, 2, blocks.keys), _cut(steps.step_ids, 1, blocks.keys)
-
-    def query_block(columns, inputs):
-        i, q, logsumexp, own_ids, own_weights, order, turns = inputs
-
-        def tile(turn, columns):
-            j = order[turn]
-            logits = jnp.einsum(
-                "BKGTD,BKUD->BKGTU", q, k_blocks[j], preferred_element_type=jnp.float32
-            )
-            ahead = own_ids[:, :, None] >= key_steps[j][:, None, :] + steps.delta
-            counted = _visible(blocks, i, j) & ahead[:, None, None]
-            weights = own_weights[:, None, None, :, None]
-            weights = weights * jnp.exp(scale * logits - logsumexp[..., None])
-            return columns.at[j].add(jnp.where(counted, weights, 0.0).sum(axis=3))
-
-        return jax.lax.fori_loop(0, turns, tile, columns), None
-
-    inputs = (
-        jnp.arange(blocks.order.shape[0]),
-        _cut(q_BKGTD, 3, blocks.queries),
-        _cut(logsumexp, 3, blocks.queries),
-        *(_cut(x, 1, blocks.queries) for x in (steps.step_ids, steps.weights)),
-        blocks.order,
-        blocks.turns,
-    )
-    columns = jnp.zeros((blocks.order.shape[1], batch, kv_heads, group, blocks.keys), jnp.float32)
-    return _join(jax.lax.scan(query_block, columns, inputs)[0], 3, time)

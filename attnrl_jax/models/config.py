@@ -59,14 +59,17 @@ class ModelConfig:
       qk_norm: RMSNorm over head_dim on queries and keys (Qwen3).
       max_length: positions the model was trained for; longer sequences are refused by callers.
       dtype: of the computation; parameters are float32 always.
-      block_length: edge of an attention tile (temporary memory is at most heads x block_length x
-        time).
-      attention: route of attention over whole sequences, as `models.attention` has them; `auto`
-        takes the kernel of the platform where it fits.
+      block_length: rows of attention that are worked on at once (temporary memory is at most heads
+        x block_length x time); a CPU takes at most 256.
+      attention: route of attention over whole sequences, as the table in `models.attention` has
+        them. `auto` takes the kernel of the platform where it fits. `splash` and `cudnn` ask for
+        that kernel wherever it fits, and for `blockwise` where it does not; they are refused where
+        the platform lacks them, `cudnn` also where dtype or head_dim never let it run.
       remat: what the backward pass of a layer finds kept besides the layer's input; the rest is
         computed again. `none`: everything (no recomputation, most memory). `dots`: results of the
         projections and of attention. `attention`: results of attention, the one part whose cost
         grows with the square of time, for as much memory as the layer's input. `full`: nothing.
+        Where cuDNN computes attention, only `none` keeps its results.
     """
 
     family: str
@@ -87,7 +90,7 @@ class ModelConfig:
     qk_norm: bool = False
     max_length: int = 32768
     dtype: str = "float32"
-    block_length: int = 512
+    block_length: int = 1024
     attention: str = "auto"
     remat: str = "attention"
 

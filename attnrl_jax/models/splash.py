@@ -126,7 +126,7 @@ def backward(
 
 
 def first_queries(steps: StepWeights) -> Int[Array, "batch time"]:
-    """Index of the first query far enough ahead of each key: steps never go back along time."""
+    """Index of the first query far enough ahead of each key, step ids never falling along time."""
 
     def one(step_ids):
         # Padding behind would go back; its queries weigh nothing.
@@ -172,13 +172,14 @@ def column_sums(
     steps: StepWeights,
     interpret: bool = False,
 ) -> Float[Array, "batch kv_head group time"]:
-    """Column sums from the log-sum-exp of a forward pass; any layout, trees included.
+    """Column sums from the log-sum-exp of a forward pass.
 
         c[h, p] = sum over q with step(q) >= step(p) + delta of A[h, q, p] / |step(q)|
 
-    Steps never go back along time, so the queries that count for key p are an interval, and most
-    blocks of queries count for a block of keys as a whole or not at all: those that do not are
-    neither fetched nor computed.
+    Step ids must never fall along the time axis (padding behind, whose queries weigh nothing,
+    aside): sequences packed behind each other go on counting. Key intervals may be any. Then the
+    queries that count for key p are an interval, and most blocks of queries count for a block of
+    keys as a whole or not at all: those that do not are neither fetched nor computed.
     """
     batch, kv_heads, group, time, head_dim = q_BKGTD.shape
     block = _block(time)

@@ -6,6 +6,7 @@ layer exposes (keys and values, attention maps, step scores) is an explicit outp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -220,7 +221,8 @@ class Transformer(nn.Module):
             With a cache, `visible_until` is not used: all given tokens follow the cached ones.
           cache_read: entries of the cache that are read, at least the longest of `cache_lengths`;
             None reads all.
-          step_ids: range of each token (-1 padding); asks for `fci`.
+          step_ids: range of each token, never falling along time (sequences packed behind each
+            other go on counting); -1 for padding, all of it behind. Asks for `fci`.
           delta: least distance in ranges for `fci`.
           layout: what `visible_until` is promised to be, for kernels that do not take any: `single`
             (one right-padded row per sequence), `packed` (rows behind each other), `tree` (any).
@@ -228,7 +230,7 @@ class Transformer(nn.Module):
 
         Raises:
           ValueError: a cache without its lengths, asked for `fci` or maps with a cache, or
-            `config.attention` names a route that cannot take these arrays.
+            `config.attention` names a route that this model can never take.
         """
         config = self.config
         if (cache is None) != (cache_lengths is None):
@@ -288,7 +290,9 @@ def unembed(
 def init_params(config: ModelConfig, key: Array) -> Any:
     """Random float32 parameters."""
     dummy = jnp.zeros((1, 2), jnp.int32)
-    return Transformer(config).init(key, dummy, dummy, dummy + 1)["params"]
+    # No parameter depends on the route, and two tokens need no kernel of a platform.
+    model = Transformer(replace(config, attention="plain"))
+    return model.init(key, dummy, dummy, dummy + 1, layout="single")["params"]
 
 
 def forward(

@@ -57,6 +57,23 @@ def held_out(task) -> set[str]:
     return {problem.text for problem in task.task.held_out}
 
 
+def test_how_attention_is_computed_reaches_the_model():
+    """What `ModelSettings` says of it, and a route that these devices lack is refused."""
+    config = attnrl_hf.get_config()
+    config.model.path = str(TINY_MODEL)
+    config.data.train = "FILE.jsonl"
+    config.response_budget = 64
+    config.model.update(dtype="bfloat16", attention="blockwise", block_length=96, remat="dots")
+    settings = build(config)
+    mesh = make_mesh(settings.mesh)
+    model = load_policy(settings, mesh).model
+    assert (model.dtype, model.attention) == ("bfloat16", "blockwise")
+    assert (model.block_length, model.remat) == (96, "dots")
+    config.model.attention = "splash"
+    with pytest.raises(ValueError, match=r"splash.*tpu.*cpu"):
+        load_policy(build(config), mesh)
+
+
 def test_a_prepared_folder_keeps_its_own_held_out_problems(policy, tmp_path):
     train = write(tmp_path / "train.jsonl", texts(50))
     prepared = prepare([str(train)], tmp_path / "out", held_out=7)
