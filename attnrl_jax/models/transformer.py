@@ -26,7 +26,7 @@ from attnrl_jax.types import ArrayLike
 
 @struct.dataclass
 class KeyValues:
-    """Keys (rotated) and values of every layer.
+    """Keys (rotated) and values of every layer, or of a group of layers.
 
     Keys have time last: the product of one query with all keys then runs along memory.
     """
@@ -189,6 +189,18 @@ def _remat(remat: str) -> Any:
     return nn.remat(Block, prevent_cse=False, policy=policy)
 
 
+def _scanned(block: Any, length: int) -> Any:
+    """`block` over a leading layer axis of its parameters."""
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        out_axes=0,
+        length=length,
+    )
+
+
 class Transformer(nn.Module):
     """Token ids to hidden states; `unembed` turns those into logits."""
 
@@ -201,9 +213,6 @@ class Transformer(nn.Module):
         positions: Int[Array, "batch time"],
         visible_until: Int[Array, "batch time"],
         *,
-        cache: KeyValues | None = None,
-        cache_lengths: Int[Array, "batch"] | None = None,
-        cache_read: int | None = None,
         step_ids: Int[Array, "batch time"] | None = None,
         delta: int = 4,
         layout: str = "tree",
@@ -217,10 +226,6 @@ class Transformer(nn.Module):
           positions: rotary position of each token.
           visible_until: query q sees key p exactly if p <= q < visible_until[p], in indices of
             the time axis; 0 for padding.
-          cache: keys and values of earlier tokens, of which the first `cache_lengths` count.
-            With a cache, `visible_until` is not used: all given tokens follow the cached ones.
-          cache_read: entries of the cache that are read, at least the longest of `cache_lengths`;
-            None reads all.
           step_ids: range of each token, never falling along time (sequences packed behind each
             other go on counting); -1 for padding, all of it behind. Asks for `fci`.
           delta: least distance in ranges for `fci`.
@@ -229,14 +234,9 @@ class Transformer(nn.Module):
           keep_key_values, keep_attention: ask for those outputs.
 
         Raises:
-          ValueError: a cache without its lengths, asked for `fci` or maps with a cache, or
-            `config.attention` names a route that this model can never take.
+          ValueError: `config.attention` names a route that this model can never take.
         """
         config = self.config
-        if (cache is None) != (cache_lengths is None):
-            raise ValueError("cache and cache_lengths must be given together")
-        if cache is not None and (step_ids is not None or keep_attention):
-            raise ValueError("step_ids and keep_attention need whole sequences, not a cache")
         embed = self.param(
             "embed_tokens",
             lambda key: {
@@ -261,19 +261,74 @@ class Transformer(nn.Module):
         steps = None
         if step_ids is not None:
             steps = StepWeights(step_ids, jnp.asarray(query_weights(step_ids)), delta)
-        context = _Context(cos, sin, visible_until, cache_lengths, steps, cache_read, layout)
-        layers = nn.scan(
-            _remat("none" if cache is not None else config.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            out_axes=0,
-            length=config.num_layers,
-        )(config, keep_key_values, keep_attention, name="layers")
+        context = _Context(cos, sin, visible_until, None, steps, layout=layout)
+        layers = _scanned(_remat(config.remat), config.num_layers)(
+            config, keep_key_values, keep_attention, name="layers"
+        )
         fci = jnp.zeros(tokens.shape, jnp.float32)
-        (x, fci), (key_values, maps) = layers((x, fci), cache, context)
+        (x, fci), (key_values, maps) = layers((x, fci), None, context)
         x = RMSNorm(config, name="norm")(x)
         return Output(x, key_values, maps, fci if steps is not None else None)
+
+
+def group_layers(params: Any, groups: int) -> Any:
+    """Parameters with their layers in a tuple of groups of equal size, as `decode` takes them.
+
+    Raises:
+      ValueError: the layers cannot be parted so.
+    """
+    layers = jax.tree.leaves(params["layers"])[0].shape[0]
+    if layers % groups:
+        raise ValueError(f"{layers} layers are no multiple of {groups} groups")
+    size = layers // groups
+    parts = tuple(
+        jax.tree.map(lambda x, g=g: x[g * size : (g + 1) * size], params["layers"])
+        for g in range(groups)
+    )
+    return {**params, "layers": parts}
+
+
+def decode(
+    params: Any,
+    config: ModelConfig,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    cache: tuple[KeyValues, ...],
+    cache_lengths: Int[Array, "batch"],
+    cache_read: int | None = None,
+) -> tuple[Float[Array, "batch time width"], tuple[KeyValues, ...]]:
+    """Forward pass of a few tokens that follow cached ones.
+
+    The layers of a group are scanned, the groups are unrolled. A scan copies each layer's part of
+    cache and parameters out of the whole on a CPU or GPU, a quarter of the time of a step; in as
+    many groups as layers nothing is copied, and more is to be compiled.
+
+    Args:
+      params: of `group_layers`.
+      config: the model.
+      tokens: ids.
+      positions: rotary position of each token.
+      cache: keys and values of each group of layers, of which the first `cache_lengths` count.
+      cache_lengths: cached tokens of each row.
+      cache_read: entries of the cache that are read, at least the longest of `cache_lengths`; None
+        reads all.
+
+    Returns:
+      hidden states after the last norm; keys and values of the given tokens.
+    """
+    x = jnp.take(params["embed_tokens"]["embedding"].astype(config.dtype), tokens, axis=0)
+    x = constrain(x, BATCH, None, None)
+    cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    context = _Context(cos, sin, jnp.zeros_like(tokens), cache_lengths, None, cache_read)
+    fci = jnp.zeros(tokens.shape, jnp.float32)
+    new = []
+    for layers, held in zip(params["layers"], cache, strict=True):
+        blocks = _scanned(Block, held.keys.shape[0])(config, True, False)
+        (x, fci), (key_values, _) = blocks.apply({"params": layers}, (x, fci), held, context)
+        new.append(key_values)
+    hidden = RMSNorm(config).apply({"params": params["norm"]}, x)
+    assert isinstance(hidden, jax.Array)
+    return hidden, tuple(new)
 
 
 def unembed(

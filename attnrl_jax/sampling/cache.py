@@ -1,5 +1,7 @@
 """The key/value cache of the decode slots: allocation, lengths, and its two writes.
 
+A cache is a tuple of `KeyValues`, one for each group of layers (`models.transformer.decode`).
+
 Layout as in `KeyValues`: `[layer, slot, kv_head, head_dim, time]` for keys and
 `[layer, slot, kv_head, time, head_dim]` for values, each in the order in which attention reads.
 """
@@ -14,22 +16,27 @@ from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import KeyValues
 from attnrl_jax.sharding import CACHE_SPEC, constrain
 
+Cache = tuple[KeyValues, ...]
 
-def constrain_cache(cache: KeyValues) -> KeyValues:
+
+def constrain_cache(cache: Cache) -> Cache:
     """Pins the cache to its layout under the current mesh."""
     return jax.tree.map(lambda x: constrain(x, *CACHE_SPEC), cache)
 
 
-def empty_cache(config: ModelConfig, slots: int, length: int) -> KeyValues:
-    """A cache of zeros in the compute dtype of the model."""
-    heads = (config.num_layers, slots, config.num_kv_heads)
-    return KeyValues(
-        jnp.zeros((*heads, config.head_dim, length), config.dtype),
-        jnp.zeros((*heads, length, config.head_dim), config.dtype),
+def empty_cache(config: ModelConfig, slots: int, length: int, groups: int = 1) -> Cache:
+    """A cache of zeros in the compute dtype of the model, its layers in so many groups."""
+    heads = (config.num_layers // groups, slots, config.num_kv_heads)
+    return tuple(
+        KeyValues(
+            jnp.zeros((*heads, config.head_dim, length), config.dtype),
+            jnp.zeros((*heads, length, config.head_dim), config.dtype),
+        )
+        for _ in range(groups)
     )
 
 
-def append_token(cache: KeyValues, token: KeyValues, positions: Int[Array, "slot"]) -> KeyValues:
+def append_token(cache: Cache, token: Cache, positions: Int[Array, "slot"]) -> Cache:
     """Writes the keys and values of one token per slot, every layer at once, in place.
 
     Args:
@@ -39,13 +46,16 @@ def append_token(cache: KeyValues, token: KeyValues, positions: Int[Array, "slot
     """
     # On a TPU a scatter would copy the cache for every token: 4 of 4.1 GiB of temporaries of
     # R1-Distill-Qwen-1.5B with 64 slots of 9,216 tokens, as its compiler counts them.
-    return jax.lax.platform_dependent(
-        cache, token, positions, tpu=append_in_loop, default=append_scattered
+    return tuple(
+        jax.lax.platform_dependent(
+            held, new, positions, tpu=append_in_loop, default=append_scattered
+        )
+        for held, new in zip(cache, token, strict=True)
     )
 
 
 def append_in_loop(cache: KeyValues, token: KeyValues, positions: Int[Array, "slot"]) -> KeyValues:
-    """`append_token` slot by slot."""
+    """`append_token` of one group, slot by slot."""
 
     def one_slot(slot: Array, cache: KeyValues) -> KeyValues:
         new = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1), token)
@@ -62,7 +72,7 @@ def append_in_loop(cache: KeyValues, token: KeyValues, positions: Int[Array, "sl
 def append_scattered(
     cache: KeyValues, token: KeyValues, positions: Int[Array, "slot"]
 ) -> KeyValues:
-    """`append_token` as one scatter for keys and one for values."""
+    """`append_token` of one group, as one scatter for keys and one for values."""
 
     def write(rows: Array, new: Array, time_axis: int) -> Array:
         # The slot is a batch axis of the scatter: a cache cut over slots is written locally.
@@ -86,29 +96,38 @@ def append_scattered(
 
 
 def fork_rows(
-    cache: KeyValues,
+    cache: Cache,
     prefix: KeyValues,
     rows: Int[Array, "fork"],
     slots: Int[Array, "fork"],
-) -> KeyValues:
+) -> Cache:
     """Copies prefilled rows to the start of slots, in place; one row may go to many.
 
     Args:
       cache: of all slots.
-      prefix: of the rows, no longer than the cache.
+      prefix: of the rows and all layers, no longer than the cache.
       rows: row of the prefix for each copy.
       slots: slot for each copy, all different; those out of range are left out.
     """
     # As with `append_token`, a TPU would copy the cache for a scatter.
-    return jax.lax.platform_dependent(
-        cache, prefix, rows, slots, tpu=fork_in_loop, default=fork_scattered
+    size = cache[0].keys.shape[0]
+    return tuple(
+        jax.lax.platform_dependent(
+            held,
+            jax.tree.map(lambda x, g=group: x[g * size : (g + 1) * size], prefix),
+            rows,
+            slots,
+            tpu=fork_in_loop,
+            default=fork_scattered,
+        )
+        for group, held in enumerate(cache)
     )
 
 
 def fork_in_loop(
     cache: KeyValues, prefix: KeyValues, rows: Int[Array, "fork"], slots: Int[Array, "fork"]
 ) -> KeyValues:
-    """`fork_rows` copy by copy."""
+    """`fork_rows` to one group, copy by copy."""
 
     def one_copy(fork: Array, cache: KeyValues) -> KeyValues:
         def write(target: Array, source: Array) -> Array:
@@ -124,7 +143,7 @@ def fork_in_loop(
 def fork_scattered(
     cache: KeyValues, prefix: KeyValues, rows: Int[Array, "fork"], slots: Int[Array, "fork"]
 ) -> KeyValues:
-    """`fork_rows` as one scatter for keys and one for values."""
+    """`fork_rows` to one group, as one scatter for keys and one for values."""
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(0, 2, 3, 4),
         inserted_window_dims=(1,),

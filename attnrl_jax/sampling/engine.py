@@ -21,8 +21,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.models.transformer import KeyValues, Transformer, forward, unembed
-from attnrl_jax.sampling.cache import append_token, constrain_cache, empty_cache, fork_rows
+from attnrl_jax.models.transformer import KeyValues, decode, forward, group_layers, unembed
+from attnrl_jax.sampling.cache import Cache, append_token, constrain_cache, empty_cache, fork_rows
 from attnrl_jax.sharding import BATCH, constrain
 from attnrl_jax.types import ArrayLike
 
@@ -59,7 +59,7 @@ class DecodeState:
       sampling: how it samples.
     """
 
-    cache: KeyValues
+    cache: Cache
     tokens: Int[Array, "slot time"]
     logprobs: Float[Array, "slot time"]
     length: Int[Array, "slot"]
@@ -94,18 +94,37 @@ class Admissions:
     top_k: Int[ArrayLike, "fork"]
 
 
+def layer_groups(config: ModelConfig, unroll: bool | None = None) -> int:
+    """Groups of layers that decode fastest: a TPU reads slices of what is scanned in place, other
+    platforms copy them. `unroll` decides instead where it is given."""
+    unroll = jax.default_backend() != "tpu" if unroll is None else unroll
+    return config.num_layers if unroll else 1
+
+
 @partial(jax.jit, static_argnames=("dtype",))
 def cast_params(params: Any, dtype: str) -> Any:
-    """Parameters in the compute dtype, made once per call of the sampler."""
+    """Parameters in the compute dtype, for callers that only sample."""
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-@partial(jax.jit, static_argnames=("config", "slots", "length"))
-def empty_state(config: ModelConfig, slots: int, length: int) -> DecodeState:
-    """Idle slots whose sequences may hold `length` tokens."""
+@partial(jax.jit, static_argnames=("dtype", "groups"))
+def decode_params(params: Any, dtype: str, groups: int = 1) -> Any:
+    """Parameters as `generate` takes them, made once per call of the sampler.
+
+    Args:
+      params: parameters; `prefill` takes these.
+      dtype: of the computation.
+      groups: of layers, as the cache has.
+    """
+    return jax.tree.map(lambda x: x.astype(dtype), group_layers(params, groups))
+
+
+@partial(jax.jit, static_argnames=("config", "slots", "length", "groups"))
+def empty_state(config: ModelConfig, slots: int, length: int, groups: int = 1) -> DecodeState:
+    """Idle slots whose sequences may hold `length` tokens; layers in so many groups."""
     zeros = partial(jnp.zeros, (slots,))
     state = DecodeState(
-        cache=empty_cache(config, slots, length),
+        cache=empty_cache(config, slots, length, groups),
         tokens=jnp.zeros((slots, length), jnp.int32),
         logprobs=jnp.zeros((slots, length), jnp.float32),
         length=zeros(jnp.int32),
@@ -133,7 +152,8 @@ def prefill(
     rows = constrain(jnp.asarray(tokens), BATCH, None)
     output = forward(params, config, rows, jnp.asarray(lengths), keep_key_values=True)
     assert output.key_values is not None
-    return constrain_cache(output.key_values)
+    [key_values] = constrain_cache((output.key_values,))
+    return key_values
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -227,7 +247,7 @@ def generate(
     after `max_steps` tokens per slot.
 
     Args:
-      params: parameters.
+      params: of `decode_params`.
       config: the model.
       state: donated.
       end_ids: tokens that close a response; they belong to it.
@@ -268,23 +288,14 @@ def _decode_step(
     position = jnp.maximum(state.length - 1, 0)
     last = jnp.take_along_axis(state.tokens, position[:, None], axis=1)
 
-    def read(entries: int, cache: KeyValues) -> Any:
-        return Transformer(config).apply(
-            {"params": params},
-            last,
-            position[:, None],
-            jnp.ones_like(last),
-            cache=cache,
-            cache_lengths=position,
-            cache_read=entries,
-            keep_key_values=True,
-        )
+    def read(entries: int, cache: Cache) -> tuple[Array, Cache]:
+        return decode(params, config, last, position[:, None], cache, position, entries)
 
     entries = [*(length for length in attend_lengths if length < time), time]
     longest = jnp.max(jnp.where(state.active, position, 0))
     level = (longest > jnp.asarray(entries[:-1])).sum()
-    output = jax.lax.switch(level, [partial(read, count) for count in entries], state.cache)
-    logits = unembed(params, config, output.hidden[:, 0])
+    hidden, new = jax.lax.switch(level, [partial(read, count) for count in entries], state.cache)
+    logits = unembed(params, config, hidden[:, 0])
     token, logprob = sample_tokens(logits, state.sampling, state.length, truncated)
 
     # A slot at rest writes nothing that anyone reads: out of range here, beyond its length there.
@@ -295,7 +306,7 @@ def _decode_step(
     return _constrain_state(
         replace(
             state,
-            cache=append_token(state.cache, output.key_values, position),
+            cache=append_token(state.cache, new, position),
             tokens=state.tokens.at[slots, where].set(token, mode="drop"),
             logprobs=state.logprobs.at[slots, where].set(logprob, mode="drop"),
             length=length,

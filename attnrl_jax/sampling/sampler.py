@@ -15,10 +15,11 @@ from attnrl_jax.models.transformer import KeyValues
 from attnrl_jax.sampling.engine import (
     Admissions,
     DecodeState,
-    cast_params,
+    decode_params,
     empty_state,
     generate,
     insert,
+    layer_groups,
     narrow,
     prefill,
 )
@@ -43,6 +44,8 @@ class SamplerConfig:
         the longest running sequence; 1 always reads all of it and compiles soonest.
       halvings: how often, when nothing waits and half of the slots suffice, the other half is
         given up; each compiles one program more.
+      unroll: whether the decode step has its layers one by one instead of in a scan: faster, but on
+        a TPU, and longer to compile. None unrolls but on a TPU.
       order: `longest` starts samples of long budgets first, so that few are left when the slots
         drain; `given` keeps the order of the requests.
       cache_length: tokens of prefix and response a slot can hold; None takes the longest request
@@ -56,6 +59,7 @@ class SamplerConfig:
     length_bucket: int = 64
     attend_parts: int = 4
     halvings: int = 2
+    unroll: bool | None = None
     order: str = "longest"
     cache_length: int | None = None
 
@@ -161,7 +165,7 @@ def sample(
     request seed, sample index and position.
 
     Args:
-      params: parameters; cast once to the model's dtype.
+      params: parameters; cast and laid out once for decoding.
       model: the model; its `max_length` bounds prefix plus budget.
       requests: what to sample.
       end_ids: tokens that close a response.
@@ -199,13 +203,13 @@ def sample(
     part = bucket_length(-(-length // config.attend_parts), config.length_bucket)
     attend_lengths = tuple(range(part, length, part))
     stats.cache_length = length
-    if model.dtype != "float32":
-        params = cast_params(params, model.dtype)
+    layers = layer_groups(model, config.unroll)
+    decoding = decode_params(params, model.dtype, layers)
 
     ends = np.asarray(end_ids, np.int32)
     truncated = any(r.top_p < 1.0 or r.top_k > 0 for r in requests)
     blocks = _prefilled(params, model, groups, prefill_rows, config.length_bucket, length, stats)
-    state = empty_state(model, slots, length)
+    state = empty_state(model, slots, length, layers)
     running: list[_Sample | None] = [None] * slots
     block = next(blocks)
     waiting, finished = total, 0
@@ -230,7 +234,7 @@ def sample(
             state, running, patience = _narrowed(state, running, devices, least_slots)
         active = [slot for slot, running_sample in enumerate(running) if running_sample]
         state, steps = generate(
-            params,
+            decoding,
             model,
             state,
             ends,

@@ -32,7 +32,13 @@ from attnrl_jax.models import cudnn, splash
 from attnrl_jax.models.attention import SHORT
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import init_params
-from attnrl_jax.sampling.engine import cast_params, empty_state, generate
+from attnrl_jax.sampling.engine import (
+    cast_params,
+    decode_params,
+    empty_state,
+    generate,
+    layer_groups,
+)
 from attnrl_jax.scoring import score
 from attnrl_jax.training.state import TrainConfig, TrainState, init_state
 from attnrl_jax.training.step import (
@@ -82,15 +88,15 @@ LEAST_MFU = 0.45
 
 def attention_route(config: ModelConfig, time: int, layout: str) -> str:
     """The route of `models.attention` that sequences of this layout take on these devices."""
-    platform = jax.default_backend()
-    if config.attention != "auto":
-        return config.attention
-    if time <= SHORT:
+    auto = config.attention == "auto"
+    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "")
+    kernel = kernel if auto else config.attention
+    if kernel == "plain" or (auto and time <= SHORT):
         return "plain"
     dtype = jnp.dtype(config.dtype)
-    if platform == "gpu" and cudnn.why_not(config.head_dim, dtype, layout) is None:
+    if kernel == "cudnn" and cudnn.why_not(config.head_dim, dtype, layout) is None:
         return "cudnn"
-    if platform == "tpu" and splash.why_not(time, layout) is None:
+    if kernel == "splash" and splash.why_not(time, layout) is None:
         return "splash"
     return "blockwise"
 
@@ -103,7 +109,7 @@ def decoding(
     Returns:
       a function that runs them, and the bytes that XLA allots for their program.
     """
-    state = empty_state(config, batch, context + steps)
+    state = empty_state(config, batch, context + steps, layer_groups(config))
     whole = jnp.full(batch, context, jnp.int32)
     state = dataclasses.replace(
         state,
@@ -251,7 +257,8 @@ def decode_part(
     copied: int = GIBI,
 ) -> Part:
     """Decoding against the bandwidth of memory."""
-    params = cast_params(init_params(config, jax.random.key(0)), config.dtype)
+    groups = layer_groups(config)
+    params = decode_params(init_params(config, jax.random.key(0)), config.dtype, groups)
     bandwidth = copy_bandwidth(copied)
     held: dict[str, Callable[[], Measured]] = {}
     memory: dict[str, int] = {}

@@ -15,7 +15,15 @@ from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.models.config import ModelConfig, read_config
 from attnrl_jax.models.transformer import forward, unembed
 from attnrl_jax.models.weights import load_params
-from attnrl_jax.sampling.engine import Admissions, empty_state, generate, insert, prefill
+from attnrl_jax.sampling.engine import (
+    Admissions,
+    decode_params,
+    empty_state,
+    generate,
+    insert,
+    layer_groups,
+    prefill,
+)
 from attnrl_jax.sampling.requests import request_key
 from attnrl_jax.sampling.sampler import Request, SamplerConfig, sample
 from attnrl_jax.shapes import bucket_length
@@ -113,6 +121,8 @@ def sample_static(
     ends = np.zeros(0, np.int32)
     steps_done, slot_steps, prefill_tokens, prefill_places, useful = 0, 0, 0, 0, 0
     began = time.perf_counter()
+    groups = layer_groups(model.config)
+    decoding = decode_params(model.params, model.config.dtype, groups)
     for batch in batches_of(len(order), config.slots):
         rows = order[batch]
         # Prefixes of like width are prefilled together.
@@ -120,7 +130,7 @@ def sample_static(
         prefix_lengths = np.array([len(workload.prefixes[row]) for row in rows], np.int32)
         limits = (prefix_lengths + workload.lengths[rows]).astype(np.int32)
         length = bucket_length(int(limits.max()), BUCKET)
-        state = empty_state(model.config, len(rows), length)
+        state = empty_state(model.config, len(rows), length, groups)
         for group in batches_of(len(rows), config.prefill_rows):
             prefixes = [workload.prefixes[row] for row in rows[group]]
             tokens, lengths = _padded(prefixes, config.prefill_rows)
@@ -134,7 +144,7 @@ def sample_static(
             prefill_places += tokens.size
         part = bucket_length(-(-length // SamplerConfig().attend_parts), BUCKET)
         state, steps = generate(
-            model.params, model.config, state, ends, np.int32(most_steps or length),
+            decoding, model.config, state, ends, np.int32(most_steps or length),
             np.int32(len(rows) + 1), False, tuple(range(part, length, part)),
         )  # fmt: skip
         sampled, _, now, steps = jax.device_get((state.tokens, state.logprobs, state.length, steps))

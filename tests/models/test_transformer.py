@@ -20,7 +20,9 @@ from attnrl_jax.models.transformer import (
     RMSNorm,
     Transformer,
     _Context,
+    decode,
     forward,
+    group_layers,
     init_params,
     unembed,
 )
@@ -214,32 +216,31 @@ def test_cache_equals_full_forward(model):
 
     keys = cached(jnp.swapaxes(full.key_values.keys, 3, 4))
     cache = KeyValues(jnp.swapaxes(keys, 3, 4), cached(full.key_values.values))
-
-    @jax.jit
-    def decode(params, cache, tokens, positions):
-        return run(params, model.config, tokens, positions, jnp.ones_like(positions), cache=cache,
-                   cache_lengths=jnp.asarray(filled), keep_key_values=True)  # fmt: skip
-
-    for new in (1, 3):
+    layers = model.config.num_layers
+    decode_jitted = jax.jit(decode, static_argnums=1)
+    for new, groups in ((1, 1), (3, layers)):
+        size = layers // groups
+        held = tuple(
+            jax.tree.map(lambda x, begin=begin, size=size: x[begin : begin + size], cache)
+            for begin in range(0, layers, size)
+        )
         positions = filled[:, None] + np.arange(new, dtype=np.int32)[None]
-        out = decode(model.params, cache, np.take_along_axis(tokens, positions, 1), positions)
+        hidden, added = decode_jitted(
+            group_layers(model.params, groups), model.config,
+            np.take_along_axis(tokens, positions, 1), positions, held, jnp.asarray(filled),
+        )  # fmt: skip
+        added = jax.tree.map(lambda *parts: np.concatenate(parts), *added)
         for b, n in enumerate(filled):
-            np.testing.assert_allclose(out.hidden[b], full.hidden[b, n : n + new], atol=2e-5)
+            np.testing.assert_allclose(hidden[b], full.hidden[b, n : n + new], atol=2e-5)
             np.testing.assert_allclose(
-                out.key_values.keys[:, b], full.key_values.keys[:, b, ..., n : n + new], atol=1e-5
+                added.keys[:, b], full.key_values.keys[:, b, ..., n : n + new], atol=1e-5
             )
 
 
-def test_cache_needs_lengths_and_whole_sequences_for_influence(golden_model):
-    model = golden_model("llama")
-    one = jnp.ones((1, 1), jnp.int32)
-    config = model.config
-    empty = jnp.zeros((config.num_layers, 1, config.num_kv_heads, 4, config.head_dim))
-    cache = KeyValues(jnp.swapaxes(empty, 3, 4), empty)
-    with pytest.raises(ValueError, match="cache_lengths"):
-        run(model.params, config, one, one, one, cache=cache)
-    with pytest.raises(ValueError, match="step_ids"):
-        run(model.params, config, one, one, one, cache=cache, cache_lengths=one[0], step_ids=one)
+def test_groups_part_the_layers(golden_model):
+    params = golden_model("llama").params
+    with pytest.raises(ValueError, match="no multiple of 3 groups"):
+        group_layers(params, 3)
 
 
 def test_bfloat16_is_close(model):

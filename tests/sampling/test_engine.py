@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnrl_jax.models.transformer import KeyValues, Transformer, forward, unembed
+from attnrl_jax.models.transformer import KeyValues, decode, forward, group_layers, unembed
 from attnrl_jax.sampling.cache import (
     append_in_loop,
     append_scattered,
@@ -44,6 +44,17 @@ def key_values(x) -> KeyValues:
     return KeyValues(-jnp.swapaxes(x, 3, 4), x)
 
 
+def alone(write):
+    """`write` for a cache of one group of layers."""
+
+    def writes_one(cache, new, *where):
+        new = (new,) if write is append_token else new
+        [written] = write((cache,), new, *where)
+        return written
+
+    return writes_one
+
+
 def test_cache_writes():
     """One row goes to two slots, a padding entry nowhere, a token to its slot's position."""
     cache = key_values(jnp.zeros((2, 3, 2, 6, 4)))
@@ -53,7 +64,7 @@ def test_cache_writes():
     wanted = np.zeros((2, 3, 2, 6, 4), np.float32)
     wanted[:, 2, :, :5] = wanted[:, 0, :, :5] = prefix[:, 1]
     empty = cache
-    for fork in (fork_in_loop, fork_scattered, fork_rows):
+    for fork in (alone(fork_rows), fork_in_loop, fork_scattered):
         cache = fork(empty, key_values(prefix), rows, slots)
         np.testing.assert_array_equal(cache.keys, -wanted.swapaxes(3, 4))
         np.testing.assert_array_equal(cache.values, wanted)
@@ -61,7 +72,7 @@ def test_cache_writes():
     token = jnp.asarray(rng.normal(size=(2, 3, 2, 1, 4)), jnp.float32)
     for slot, position in enumerate([5, 0, 3]):
         wanted[:, slot, :, position] = token[:, slot, :, 0]
-    for append in (append_token, append_in_loop, append_scattered):
+    for append in (alone(append_token), append_in_loop, append_scattered):
         appended = append(cache, key_values(token), jnp.array([5, 0, 3]))
         np.testing.assert_array_equal(appended.keys, -wanted.swapaxes(3, 4))
         np.testing.assert_array_equal(appended.values, wanted)
@@ -74,17 +85,18 @@ def test_narrowing_keeps_slots_on_their_device(golden_model):
         lambda x: jnp.arange(8).reshape(8, *(1,) * (x.ndim - 1)).astype(x.dtype)
         + jnp.zeros_like(x), replace(empty_state(config, 8, 16), cache=()),
     )  # fmt: skip
-    cache = empty_cache(config, 8, 16)
+    [cache] = empty_cache(config, 8, 16)
     numbers = jnp.arange(8.0)[None, :, None, None, None]
     cache = KeyValues(cache.keys + numbers, cache.values - numbers)
-    got = narrow(replace(state, cache=cache), np.array([[3, 0], [1, 2]]))
+    got = narrow(replace(state, cache=(cache,)), np.array([[3, 0], [1, 2]]))
     slots = np.array([3, 0, 5, 6])
     assert got.length.tolist() == slots.tolist()
     assert got.tokens.shape == (4, 16)
     np.testing.assert_array_equal(got.tokens[:, 7], slots)
     np.testing.assert_array_equal(got.sampling.key[:, 1], slots)
-    np.testing.assert_array_equal(got.cache.keys[1, :, 0, 2, 5], slots)
-    np.testing.assert_array_equal(got.cache.values[0, :, 1, 5, 2], -slots)
+    [kept] = got.cache
+    np.testing.assert_array_equal(kept.keys[1, :, 0, 2, 5], slots)
+    np.testing.assert_array_equal(kept.values[0, :, 1, 5, 2], -slots)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -94,12 +106,9 @@ def _decode_all(params, config, cache, tokens, starts):
     def step(cache, ahead):
         positions = starts + ahead
         token = jnp.take_along_axis(tokens, positions[:, None], axis=1)
-        output = Transformer(config).apply(
-            {"params": params}, token, positions[:, None], jnp.ones_like(token),
-            cache=cache, cache_lengths=positions, keep_key_values=True,
-        )  # fmt: skip
-        logits = unembed(params, config, output.hidden[:, 0])
-        return append_token(cache, output.key_values, positions), logits
+        hidden, new = decode(params, config, token, positions[:, None], cache, positions)
+        logits = unembed(params, config, hidden[:, 0])
+        return append_token(cache, new, positions), logits
 
     return jax.lax.scan(step, cache, jnp.arange(6))[1]
 
@@ -114,8 +123,10 @@ def test_cached_decoding_equals_the_full_forward_pass(model):
     prefixes = np.where(np.arange(20)[None] < lengths[:, None], tokens, 7)
     prefix = prefill(model.params, model.config, prefixes, lengths)
     rows, starts = np.array([0, 1, 0, 1]), np.array([11, 8, 4, 0])
-    cache = fork_rows(empty_cache(model.config, 4, 24), prefix, rows, np.arange(4))
-    decoded = _decode_all(model.params, model.config, cache, tokens[rows], starts)
+    groups = model.config.num_layers
+    cache = fork_rows(empty_cache(model.config, 4, 24, groups), prefix, rows, np.arange(4))
+    params = group_layers(model.params, groups)
+    decoded = _decode_all(params, model.config, cache, tokens[rows], starts)
     for slot, (row, start) in enumerate(zip(rows, starts, strict=True)):
         wanted = logits[row, start : start + 6]
         np.testing.assert_allclose(decoded[:, slot], wanted, atol=1e-4)
@@ -195,7 +206,7 @@ def test_generate_stops_when_the_host_is_needed(golden_model):
 
     def run(state, max_steps, refill_at):
         limits = np.int32(max_steps), np.int32(refill_at)
-        return generate(model.params, model.config, state, none, *limits)
+        return generate(group_layers(model.params, 1), model.config, state, none, *limits)
 
     state, steps = run(state, 1, 9)
     assert (int(steps), state.length.tolist()) == (1, [6, 0, 4, 3])

@@ -147,7 +147,9 @@ def test_order_and_shapes_change_nothing(policy):
     requests = _mixed_requests()
     wanted, _ = sample(*policy, requests, END, SMALL)
     order = np.random.default_rng(1).permutation(len(requests))
-    config = replace(SMALL, slots=3, chunk=7, prefill_rows=2, attend_parts=3, cache_length=100)
+    config = replace(
+        SMALL, slots=3, chunk=7, prefill_rows=2, attend_parts=3, unroll=False, cache_length=100
+    )
     shuffled, stats = sample(*policy, [requests[i] for i in order], END, config)
     assert stats.cache_length == 128
     back = [shuffled[place] for place in np.argsort(order)]
