@@ -40,8 +40,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from attnrl_jax.models import blockwise, cudnn, query_blocks, splash
-from attnrl_jax.models.blockwise import MASKED, StepWeights
 from attnrl_jax.models.config import LAYOUTS, ModelConfig
+from attnrl_jax.models.tiling import MASKED, StepWeights
 from attnrl_jax.sharding import BATCH, fit_spec
 
 # What a backward pass needs of attention besides its inputs; `ModelConfig.remat` names them.

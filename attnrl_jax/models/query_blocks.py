@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from attnrl_jax.models.blockwise import MASKED, StepWeights, cut, join
+from attnrl_jax.models.tiling import MASKED, StepWeights, cut, join
 
 # More bands compute less that is masked, and compile longer.
 BANDS = 8

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from attnrl_jax.models.blockwise import StepWeights
+from attnrl_jax.models.tiling import StepWeights
 
 # Lengths are multiples of the lanes of a TPU register, blocks at most this long.
 LANES = 128

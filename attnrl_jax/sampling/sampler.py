@@ -23,10 +23,9 @@ from attnrl_jax.sampling.engine import (
     narrow,
     prefill,
 )
+from attnrl_jax.sampling.prefixes import ORDERS, Group, Sample, share_prefixes
 from attnrl_jax.sampling.requests import Request, check_requests, request_key
 from attnrl_jax.shapes import bucket_length, few_lengths
-
-ORDERS = ("longest", "given")
 
 
 @dataclass(frozen=True)
@@ -123,29 +122,13 @@ Progress = Callable[[int, int], None]
 OnResponse = Callable[[int, int, Response], None]
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """One response still to be decoded."""
-
-    request: int
-    index: int
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Samples whose prefixes are cuts of one prefix, prefilled once."""
-
-    prefix: np.ndarray
-    samples: list[_Sample]
-
-
 @dataclass
 class _Block:
     """Groups prefilled together; dropped when the last of their samples has its slot."""
 
     key_values: KeyValues
     tokens: np.ndarray
-    waiting: deque[tuple[int, _Sample]]  # row, sample
+    waiting: deque[tuple[int, Sample]]  # row, sample
 
 
 def sample(
@@ -187,7 +170,7 @@ def sample(
         for index, request in enumerate(requests):
             for k in range(request.num_samples if request.budget == 0 else 0):
                 on_response(index, k, _EMPTY)
-    groups = _share_prefixes(requests, config.order)
+    groups = share_prefixes(requests, config.order)
     total = sum(len(group.samples) for group in groups)
     stats = SampleStats()
     if total == 0:
@@ -210,10 +193,10 @@ def sample(
     truncated = any(r.top_p < 1.0 or r.top_k > 0 for r in requests)
     blocks = _prefilled(params, model, groups, prefill_rows, config.length_bucket, length, stats)
     state = empty_state(model, slots, length, layers)
-    running: list[_Sample | None] = [None] * slots
+    running: list[Sample | None] = [None] * slots
     block = next(blocks)
     waiting, finished = total, 0
-    news: list[_Sample] = []
+    news: list[Sample] = []
     while finished < total:
         free = [slot for slot, running_sample in enumerate(running) if running_sample is None]
         # Device by device, so that long samples, which follow each other, do not share one.
@@ -261,7 +244,7 @@ def sample(
 
 
 def _report(
-    news: list[_Sample], responses: list[list[Response]], on_response: OnResponse | None
+    news: list[Sample], responses: list[list[Response]], on_response: OnResponse | None
 ) -> None:
     if on_response is not None:
         for done in news:
@@ -272,8 +255,8 @@ _EMPTY = Response(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
 
 
 def _narrowed(
-    state: DecodeState, running: list[_Sample | None], devices: int, least_slots: int
-) -> tuple[DecodeState, list[_Sample | None], int]:
+    state: DecodeState, running: list[Sample | None], devices: int, least_slots: int
+) -> tuple[DecodeState, list[Sample | None], int]:
     """Halves the slots as often as those that are left hold what is running, on every device.
 
     Returns:
@@ -293,42 +276,10 @@ def _narrowed(
     return state, running, len(running) + 1
 
 
-def _share_prefixes(requests: Sequence[Request], order: str) -> list[_Group]:
-    """Least set of prefixes such that every request's prefix is a cut of one.
-
-    In lexicographic order all prefixes that begin with `a` follow `a` directly, so that a prefix
-    is a cut of some other exactly if it is a cut of its successor.
-
-    With the order `longest` long budgets come first.
-    """
-    work = [i for i, request in enumerate(requests) if request.num_samples and request.budget]
-    # Big-endian bytes sort as the numbers do.
-    keys = {i: np.asarray(requests[i].prefix).astype(">u4").tobytes() for i in work}
-    groups: list[list[int]] = []
-    successor = b""
-    for i in sorted(work, key=lambda i: keys[i], reverse=True):
-        if successor.startswith(keys[i]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-        successor = keys[i]
-
-    def budget(i: int) -> int:
-        return requests[i].budget if order == "longest" else 0
-
-    shared = []
-    for members in sorted(groups, key=lambda g: (-max(map(budget, g)), min(g))):
-        longest = np.asarray(requests[members[0]].prefix, np.int32)
-        members = sorted(members, key=lambda i: (-budget(i), i))
-        samples = [_Sample(i, k) for i in members for k in range(requests[i].num_samples)]
-        shared.append(_Group(longest, samples))
-    return shared
-
-
 def _prefilled(
     params: Any,
     model: ModelConfig,
-    groups: list[_Group],
+    groups: list[Group],
     rows: int,
     length_bucket: int,
     cache_length: int,
@@ -354,7 +305,7 @@ def _prefilled(
 
 
 def _admissions(
-    places: list[tuple[int, int, _Sample]],
+    places: list[tuple[int, int, Sample]],
     requests: Sequence[Request],
     rows: int,
     slots: int,
@@ -389,7 +340,7 @@ def _collect(
     state: DecodeState,
     lengths: np.ndarray,
     done: list[int],
-    running: list[_Sample | None],
+    running: list[Sample | None],
     requests: Sequence[Request],
     responses: list[list[Response]],
     stats: SampleStats,

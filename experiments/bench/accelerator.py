@@ -60,22 +60,8 @@ from experiments.bench.limits import (
     step_bytes,
     tree_bytes,
 )
+from experiments.bench.model import QWEN2_1P5B
 
-QWEN2_1P5B = ModelConfig(
-    family="qwen2",
-    vocab_size=151936,
-    width=1536,
-    num_layers=28,
-    num_heads=12,
-    num_kv_heads=2,
-    head_dim=128,
-    mlp_width=8960,
-    rope_theta=1e6,
-    qkv_bias=True,
-    tie_embeddings=True,
-    max_length=32768,
-    dtype="bfloat16",
-)
 # (sequences, tokens of each in the cache)
 DECODE = ((64, 1024), (64, 4096), (128, 2048), (256, 1024), (256, 4096))
 DECODE_STEPS = 128

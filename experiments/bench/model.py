@@ -26,6 +26,22 @@ COMMON = ModelConfig(
     tie_embeddings=False,
     max_length=32768,
 )
+# Of an accelerator's benchmarks; 1.54 billion parameters.
+QWEN2_1P5B = ModelConfig(
+    family="qwen2",
+    vocab_size=151936,
+    width=1536,
+    num_layers=28,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    mlp_width=8960,
+    rope_theta=1e6,
+    qkv_bias=True,
+    tie_embeddings=True,
+    max_length=32768,
+    dtype="bfloat16",
+)
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Any:

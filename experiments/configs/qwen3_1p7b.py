@@ -8,7 +8,8 @@ Command:   python -m experiments.run --config=experiments/configs/qwen3_1p7b.py 
 Hardware:  8 TPU v5e (v5litepod-8, 16 GB each) or 8 GPUs of 24 GB and more. A token takes four
            times the cache of R1-Distill-Qwen-1.5B (8 key/value heads instead of 2), hence fewer
            slots.
-Memory:    per device, of 8, in GiB, as the TPU compiler counts it for v5e 2x4 (jax 0.10.2):
+Memory:    per device, of 8, in GiB, for v5e 2x4; temporaries as the TPU compiler (jax 0.10.2)
+           counted them before updates packed rows and decoding wrote its cache in place:
            parameters and AdamW 2.40, reference 0.80; in the update also gradients 0.80 and
            temporaries 5.36 (rows of 9,216 tokens, one a device): 9.4 in all; in sampling also a
            bfloat16 copy 0.40, the cache of 32 slots 3.94 and temporaries 5.14: 12.7 in all.

@@ -6,7 +6,8 @@ Command:   python -m experiments.run --config=experiments/configs/r1_distill_qwe
            `:treerl` or `:grpo` behind the file's name for the methods it is compared with;
            `--config.model.path=DIR --config.data.train=FILE` where the hub cannot be reached.
 Hardware:  8 TPU v5e (v5litepod-8, 16 GB each) or 8 GPUs of 24 GB and more.
-Memory:    per device, of 8, in GiB, as the TPU compiler counts it for v5e 2x4 (jax 0.10.2):
+Memory:    per device, of 8, in GiB, for v5e 2x4; temporaries as the TPU compiler (jax 0.10.2)
+           counted them before updates packed rows and decoding wrote its cache in place:
            parameters and AdamW 2.48, reference 0.83; in the update also gradients 0.83 and
            temporaries 4.24 (rows of 9,216 tokens, one a device): 8.4 in all; in sampling also a
            bfloat16 copy 0.41, the cache of 128 slots 3.94 and temporaries 4.88: 12.5 in all.

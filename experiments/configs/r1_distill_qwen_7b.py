@@ -8,7 +8,8 @@ Command:   python -m experiments.run --config=experiments/configs/r1_distill_qwe
 Hardware:  8 TPU v5p (95 GB each) or 8 GPUs of 80 GB. (32 TPU v5e hold it too, with
            `--config.sampler.slots=64 --config.micro_batch_tokens=294912
            --config.score_batch_tokens=294912`, once runs over several hosts are supported.)
-Memory:    per device, of 8, in GiB, as the TPU compiler counts it for v5p 2x2x2 (jax 0.10.2):
+Memory:    per device, of 8, in GiB, for v5p 2x2x2; temporaries as the TPU compiler (jax 0.10.2)
+           counted them before updates packed rows and decoding wrote its cache in place:
            parameters and AdamW 10.64, reference 3.55; in the update also gradients 3.55 and
            temporaries 13.46 (rows of 9,216 tokens, one a device): 31.2 in all; in sampling also a
            bfloat16 copy 1.77, the cache of 128 slots 7.88 and temporaries 10.86: 34.7 in all. On

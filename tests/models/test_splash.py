@@ -8,7 +8,8 @@ import pytest
 
 from attnrl_jax.models import splash
 from attnrl_jax.models.attention import Route
-from attnrl_jax.models.blockwise import StepWeights, forward
+from attnrl_jax.models.blockwise import forward
+from attnrl_jax.models.tiling import StepWeights
 from tests.models.test_attention import compute, random_qkv, step_weights
 from tests.segments import segment_ends
 

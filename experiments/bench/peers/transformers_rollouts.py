@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from protocol import serve
+from protocol import run_batches, serve
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
 # How batches may be decoded; the fastest is taken.
@@ -85,11 +85,7 @@ class Side:
         self.tried = "first batch, least of 2 timings in turn: " + ", ".join(tried)
 
     def run(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        for start in self._starts():
-            self._batch(start)
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "amount": int(self.lengths.sum())}
+        return run_batches(self._batch, self._starts(), int(self.lengths.sum()))
 
     def _starts(self) -> range:
         return range(0, len(self.lengths), self.batch)

@@ -6,11 +6,10 @@ Commands: see `protocol.py` and `COMMANDS` at the end.
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import numpy as np
-from protocol import serve
+from protocol import run_batches, serve
 from tunix.generate.sampler import CacheConfig, Sampler
 from tunix_model import answer_logits, load_model, versions
 
@@ -83,11 +82,7 @@ class Side:
         }
 
     def run(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        for start in self._starts():
-            self._batch(start)
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "amount": int(self.lengths.sum())}
+        return run_batches(self._batch, self._starts(), int(self.lengths.sum()))
 
     def _starts(self) -> range:
         return range(0, len(self.lengths), self.batch)
