@@ -292,6 +292,27 @@ def batch_slices(
     ]
 
 
+def problem_groups(paths: Paths, tokens: int) -> list[Int[np.ndarray, "row"]]:
+    """Cuts rows into groups of whole problems of about `tokens` tokens, so many in a row.
+
+    Args:
+      paths: of the rows.
+      tokens: of a group, which ends with the problem that reaches it.
+
+    Returns:
+      the rows of each group.
+    """
+    order = np.argsort(paths.problem, kind="stable")
+    first = np.unique(paths.problem[order], return_index=True)[1]
+    before = np.cumsum(paths.length[order]) - paths.length[order]
+    return np.split(order, first[1:][np.diff(before[first] // tokens) > 0])
+
+
+def take_rows(tree: Any, rows: np.ndarray) -> Any:
+    """These rows (indices, or a mask) of every array."""
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
 def take_sequences(tree: Any, part: tuple[slice, int]) -> Any:
     """One batch of `batch_slices` of every array `[batch, time]`; what is missing is 0."""
     chosen, size = part

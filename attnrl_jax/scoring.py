@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -13,9 +14,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import Output, Transformer, unembed
-from attnrl_jax.packing import Layout, batch_slices, pack_paths, take_sequences
+from attnrl_jax.packing import (
+    Layout,
+    batch_slices,
+    pack_paths,
+    problem_groups,
+    take_rows,
+    take_sequences,
+)
 from attnrl_jax.sharding import BATCH, constrain, gather_output_matrix
 from attnrl_jax.types import ArrayLike, PackedTokens, Paths, Scores
+
+# Rows are packed for about so many batches at a time: the more, the less is padding, and the more
+# the host holds at once and the longer the devices wait for the first.
+GROUP_BATCHES = 8
 
 
 def packed_forward(params: Any, config: ModelConfig, packed: PackedTokens, **kwargs: Any) -> Output:
@@ -205,7 +217,8 @@ def start_scoring(
 ) -> Callable[[], Scores]:
     """Scores any number of host rows, packed into batches of a few fixed shapes.
 
-    The devices begin at once; the host is free until it calls what is returned.
+    The devices begin with the first group of problems while the host packs the next; once all are
+    packed the host is free until it calls what is returned.
 
     What rows share is computed once, unless `fci` is asked for: a row's column sums are those of
     its own queries alone.
@@ -227,25 +240,29 @@ def start_scoring(
     Returns:
       a function that waits for the devices and returns host arrays of the given rows and width.
     """
-    layout = pack_paths(paths, pack_length, share=step_ids is None)
-    ranges = None if step_ids is None else _continuous_ranges(layout, step_ids)
-    inputs = (layout.packed_tokens(tokens), layout.gather(wanted), ranges)
     pending = []
-    for part in batch_slices(len(layout.row), pack_length, batch_tokens, row_multiple):
-        batch = jax.device_put(take_sequences(inputs, part), sharding)
-        pending.append(score_packed(params, config, *batch, temperature, delta=delta))
+    whole_batch = max(batch_tokens, row_multiple * pack_length)
+    for rows in problem_groups(paths, GROUP_BATCHES * whole_batch):
+        layout = pack_paths(take_rows(paths, rows), pack_length, share=step_ids is None)
+        ranges = None if step_ids is None else _continuous_ranges(layout, step_ids[rows])
+        inputs = (layout.packed_tokens(tokens[rows]), layout.gather(wanted[rows]), ranges)
+        scores = []
+        for part in batch_slices(len(layout.row), pack_length, batch_tokens, row_multiple):
+            batch = jax.device_put(take_sequences(inputs, part), sharding)
+            scores.append(score_packed(params, config, *batch, temperature, delta=delta))
+        pending.append((rows, layout, ranges, scores))
 
     def finish() -> Scores:
-        scores = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(pending))
         time = tokens.shape[1]
-        fci = np.zeros(tokens.shape, np.float32)
-        if step_ids is not None and ranges is not None:
-            fci = _ranges_of_rows(scores.fci, layout, ranges, step_ids)
-        return Scores(
-            np.where(wanted, layout.spread(scores.logprobs, time), 0.0),
-            np.where(wanted, layout.spread(scores.entropy, time), 0.0),
-            fci,
-        )
+        result = Scores(*(np.zeros(tokens.shape, np.float32) for _ in fields(Scores)))
+        for rows, layout, ranges, scores in pending:
+            of_group = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(scores))
+            asked = wanted[rows]
+            result.logprobs[rows] = np.where(asked, layout.spread(of_group.logprobs, time), 0.0)
+            result.entropy[rows] = np.where(asked, layout.spread(of_group.entropy, time), 0.0)
+            if step_ids is not None and ranges is not None:
+                result.fci[rows] = _ranges_of_rows(of_group.fci, layout, ranges, step_ids[rows])
+        return result
 
     return finish
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from attnrl_jax.packing import batch_slices, pack_paths, row_paths
+from attnrl_jax.packing import batch_slices, pack_paths, problem_groups, row_paths
 from attnrl_jax.types import Paths
 from tests.trees import random_rollouts, train_rows_of
 
@@ -164,6 +164,17 @@ def test_trees_fill_the_room_that_others_leave():
     assert sorted(layout.count[layout.index == 0].tolist()) == [0, 0, 2, 3, 5, 5]
     # Room for a prompt alone holds nothing.
     assert pack_paths(paths, 14, share=True).row.shape == (3, 14)
+
+
+def test_groups_of_whole_problems():
+    """Rows of a problem need not lie side by side; a group ends where it has its tokens."""
+    lengths = {3: (4, 4), 1: (6,), 7: (9, 3, 2), 4: (1,), 5: (1,), 6: (12,)}
+    rows = [(1, n, problem, 0, 1) for problem, ns in lengths.items() for n in ns]
+    paths = paths_of(*rows[::2], *rows[1::2])
+    groups = problem_groups(paths, 10)
+    assert [set(paths.problem[g].tolist()) for g in groups] == [{1, 3}, {4, 5, 6}, {7}]
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(rows)))
+    assert len(problem_groups(paths, 1000)) == 1
 
 
 @pytest.mark.parametrize(

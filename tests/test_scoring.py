@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnrl_jax import scoring
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import init_params
-from attnrl_jax.packing import row_paths
+from attnrl_jax.packing import problem_groups, row_paths, take_rows
 from attnrl_jax.scoring import packed_forward, score, score_rows, token_logprobs
 from attnrl_jax.training.rollout import empty_rollouts, own_tokens
 from attnrl_jax.types import PackedTokens
@@ -107,16 +108,20 @@ def test_packed_rows_equal_rows_alone(golden_model):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_continuations_scored_as_trees_equal_rows_alone(golden_model, seed):
-    """Their roots are not among them, and what they share is computed once."""
+def test_continuations_scored_as_trees_equal_rows_alone(golden_model, seed, monkeypatch):
+    """Their roots are not among them, what they share is computed once, and groups of problems
+    that are packed one after the other come back in their places."""
+    monkeypatch.setattr(scoring, "GROUP_BATCHES", 1)
     golden = golden_model("qwen2_tied")
     whole = random_rollouts(np.random.default_rng(seed))
     continued = whole.root != np.arange(len(whole.root))
-    rows = jax.tree.map(lambda x: x[continued], whole)
+    rows = take_rows(whole, continued)
+    paths = row_paths(rows, np.zeros(continued.sum(), bool))
+    assert len(problem_groups(paths, 64)) > 1
     wanted = own_tokens(rows)
     packed = score_rows(
-        golden.params, golden.config, rows.tokens, row_paths(rows, np.zeros(continued.sum(), bool)),
-        wanted, None, 1.0, batch_tokens=64, pack_length=64,
+        golden.params, golden.config, rows.tokens, paths, wanted, None, 1.0, batch_tokens=64,
+        pack_length=64,
     )  # fmt: skip
     for row in range(len(rows.length)):
         expected = alone(golden, rows, row, with_fci=False)

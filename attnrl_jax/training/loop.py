@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from flax import struct
 
@@ -34,6 +33,7 @@ from attnrl_jax.algorithms.advantages import (
 )
 from attnrl_jax.branching.tree import PathSegments, path_segments
 from attnrl_jax.evaluation import evaluation_request
+from attnrl_jax.packing import take_rows
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training import rollout
 from attnrl_jax.training.metrics import sampling_metrics
@@ -219,7 +219,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     with watch.stage("tree"):
         segments, advantages, trained = tree_advantages(rows, plan.dropped, config)
         if config.permute_advantages and trained.any():
-            kept = jax.tree.map(lambda x: x[trained], rows)
+            kept = take_rows(rows, trained)
             advantages = advantages.copy()
             advantages[trained] = rollout.permute_across_problems(advantages[trained], kept, rng)
     if off_policy:

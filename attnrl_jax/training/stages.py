@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.evaluation import judged_text
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.packing import row_paths
+from attnrl_jax.packing import row_paths, take_rows
 from attnrl_jax.sampling.sampler import Request, Response, sample
 from attnrl_jax.scoring import start_scoring
 from attnrl_jax.sharding import batch_devices, batch_sharding
@@ -249,4 +248,4 @@ def train_rows(rows: Rollouts, advantages: np.ndarray, trained: np.ndarray) -> T
         advantages=np.where(mask, advantages, 0.0).astype(np.float32),
         behaviour_logprobs=np.where(mask, rows.logprobs, 0.0).astype(np.float32),
     )
-    return jax.tree.map(lambda x: x[trained], whole)
+    return take_rows(whole, trained)

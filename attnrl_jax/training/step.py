@@ -20,7 +20,7 @@ from attnrl_jax.algorithms.losses import (
     policy_loss,
 )
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.packing import Layout, batch_slices, pack_paths, take_sequences
+from attnrl_jax.packing import Layout, batch_slices, pack_paths, take_rows, take_sequences
 from attnrl_jax.scoring import packed_forward, token_logprobs
 from attnrl_jax.sharding import constrain_parameters
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, TrainState, make_optimizer
@@ -218,7 +218,7 @@ def update(
     collected: list[dict[str, Any]] = []
     places = tokens = 0
     for chosen in mini_batches(rows.paths.problem, config.mini_batch_rows, rng):
-        batch = jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
+        batch = take_rows(rows, chosen)
         layout, micro_batches = pack_rows(batch, config, row_multiple)
         tokens += int((layout.row >= 0).sum())
         accumulated = no_gradients(state.params)
