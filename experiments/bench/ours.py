@@ -89,8 +89,7 @@ class StaticBatches:
       slots: rows of a batch.
       prefill_rows: prefixes of a batch are prefilled so many at a time, those of like width
         together.
-      order: rows are sorted by the tokens of the `response`, of prefix and response (`total`), or
-        of the `prefix`, all that is known before they are sampled.
+      order: rows are sorted by the tokens of the `response`, or of prefix and response (`total`).
     """
 
     slots: int
@@ -100,12 +99,8 @@ class StaticBatches:
     def sorted(self, workload: Rollouts) -> np.ndarray:
         """Numbers of the rows, the longest first."""
         prefixes = np.array([len(prefix) for prefix in workload.prefixes])
-        lengths = {
-            "response": workload.lengths,
-            "total": workload.lengths + prefixes,
-            "prefix": prefixes,
-        }[self.order]
-        return np.argsort(-lengths, kind="stable")
+        before = {"response": 0, "total": prefixes}[self.order]
+        return np.argsort(-(workload.lengths + before), kind="stable")
 
 
 def sample_static(

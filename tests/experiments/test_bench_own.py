@@ -58,7 +58,7 @@ def test_both_of_our_own_sides_sample_every_token(context, monkeypatch):
 
     monkeypatch.setattr(rollouts, "SLOTS", 2)
     monkeypatch.setattr(rollouts, "STATIC_PREFILL_ROWS", (1, 2))
-    contender = rollouts.static_batches("static", model, work, rollouts.ORACLE_ORDERS)
+    contender = rollouts.static_batches(model, work)
     settings = contender.warm_up()
     assert "prefixes of like width at a time" in settings
     again = contender.run()
