@@ -90,10 +90,6 @@ class Layout:
         """What `x` `[row, time]` says of every token, `[batch, time]`; `fill` for padding."""
         return np.where(self.row >= 0, x[self.row, self.index], np.asarray(fill, x.dtype))
 
-    def gather_rows(self, x: np.ndarray) -> np.ndarray:
-        """What `x` `[row]` says of the row a token is taken from; 0 for padding."""
-        return np.where(self.row >= 0, x[self.row], np.zeros((), x.dtype))
-
     def spread(self, packed: np.ndarray, time: int) -> np.ndarray:
         """The inverse: `[row, time]`, shared tokens in every row that has them; 0 for padding."""
         index = np.arange(time)[None, :]
@@ -215,9 +211,10 @@ def _place(
 ) -> Int[np.ndarray, "tree 3"]:
     """Best fit decreasing of trees: first leaf, sequence and start in it, in the order of leaves.
 
-    A tree that fits nowhere as a whole fills the largest room with its first leaves, if that room
-    is at least half used by tokens that need not be laid out again for the others; otherwise it
-    begins a new sequence. What is left over waits for its turn as a tree of its own.
+    A tree that fits a sequence but no room that is left fills the largest room with its first
+    leaves, if that room is then at least half used by tokens that need not be laid out again for
+    the others; otherwise, and if it exceeds a sequence, it begins a new one. What is left
+    over waits for its turn as a tree of its own.
     """
     lengths, repeated = length.tolist(), common.tolist()
     total = np.concatenate([[0], np.cumsum(length - common)]).tolist()

@@ -59,8 +59,8 @@ class ModelConfig:
       qk_norm: RMSNorm over head_dim on queries and keys (Qwen3).
       max_length: positions the model was trained for; longer sequences are refused by callers.
       dtype: of the computation; parameters are float32 always.
-      block_length: rows of attention that are worked on at once (temporary memory is at most heads
-        x block_length x time); a CPU takes at most 256.
+      block_length: rows of attention that are worked on at once (temporary memory is at most
+        heads x block_length x time for each sequence); a CPU takes at most 256.
       attention: route of attention over whole sequences, as the table in `models.attention` has
         them. `auto` takes the kernel of the platform where it fits. `splash` and `cudnn` ask for
         that kernel wherever it fits, and for `blockwise` where it does not; they are refused where

@@ -300,8 +300,8 @@ def decode(
     """Forward pass of a few tokens that follow cached ones.
 
     The layers of a group are scanned, the groups are unrolled. A scan copies each layer's part of
-    cache and parameters out of the whole on a CPU or GPU, a quarter of the time of a step; in as
-    many groups as layers nothing is copied, and more is to be compiled.
+    cache and parameters out of the whole but on a TPU (on a CPU a quarter of the time of a step);
+    in as many groups as layers nothing is copied, and more is to be compiled.
 
     Args:
       params: of `group_layers`.

@@ -21,6 +21,9 @@ from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.shapes import bucket_length
 from attnrl_jax.sharding import parameter_shardings
 
+# Tokens of a sequence into which several paths are packed, unless a setting says otherwise.
+LONGEST_PACKED = 16384
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -192,13 +195,20 @@ class TrainConfig:
     def packed_length(self, row_multiple: int = 1) -> int:
         """Tokens of a packed sequence, where `row_multiple` devices share the batch axis.
 
-        What `pack_length` says; otherwise the longest path there can be, times up to 4 as far as
-        the tokens of a device's micro-batch go. The longer, the more rows of a tree share its
-        prefixes and the less is padding. Attention costs what is visible, not the square of it.
+        What `pack_length` says; otherwise 1 to 4 of the longest paths there can be, as many as a
+        device's micro-batch and `LONGEST_PACKED` hold, and then so long that such sequences fill
+        the micro-batch. The longer, the more rows of a tree share its prefixes and the less is
+        padding. But only a CPU computes just what is visible in attention; other devices compute
+        about half of the square of the length.
         """
+        if self.pack_length:
+            return self.pack_length
         longest = bucket_length(self.prompt_budget + self.response_budget, self.length_multiple)
-        paths = self.micro_batch_tokens // row_multiple // longest
-        return self.pack_length or longest * min(max(paths, 1), 4)
+        room = self.micro_batch_tokens // row_multiple
+        paths = max(min(room, LONGEST_PACKED) // longest, 1)
+        length = longest * min(paths, 4)
+        filled = room // max(room // length, 1) // self.length_multiple * self.length_multiple
+        return max(length, min(filled, max(LONGEST_PACKED, length)))
 
     @property
     def sampler_shapes(self) -> SamplerConfig:

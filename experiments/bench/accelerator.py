@@ -288,7 +288,10 @@ def score_part(
     shape: tuple[int, int] = SCORE,
     product: int = 8192,
 ) -> Part:
-    """Scoring against the rate of matrix products, with and without step importance."""
+    """Scoring against the rate of matrix products, with and without step importance.
+
+    One row a sequence: the kernels of the platform. Training packs several into one.
+    """
     rows, time = shape
     params = cast_params(init_params(config, jax.random.key(0)), config.dtype)
     tokens = jnp.asarray(random_rows(config, rows, time))

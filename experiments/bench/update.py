@@ -109,7 +109,7 @@ def settings_of(config: TrainConfig) -> str:
     """Our settings, in words."""
     return (
         f"float32, remat 'none', packing={config.packing!r} into sequences of "
-        f"{config.packed_length()} tokens, micro-batches of "
+        f"{config.packed_length()} tokens, micro-batches of at most "
         f"{config.micro_batch_tokens}, AdamW, one optimizer update"
     )
 
