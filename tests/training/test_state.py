@@ -17,11 +17,9 @@ BUDGETS = {"prompt_budget": 1024, "response_budget": 8192, "length_multiple": 10
         (BUDGETS | {"micro_batch_tokens": 8 * 9216}, 8, 9216),
         # Long ones are not joined: attention would cost more than sharing saves.
         (BUDGETS | {"micro_batch_tokens": 8 * 9216}, 1, 9216),
-        (BUDGETS | {"micro_batch_tokens": 20000}, 1, 9216),
-        (BUDGETS | {"micro_batch_tokens": 16384}, 1, 16384),
-        # Sequences fill the micro-batch: one of six paths and a bit, not one of four.
-        ({"prompt_budget": 64, "response_budget": 512, "micro_batch_tokens": 4096}, 1, 4096),
-        ({"prompt_budget": 64, "response_budget": 256, "micro_batch_tokens": 4096}, 1, 2048),
+        # Up to four shorter ones where one device has the room.
+        ({"prompt_budget": 64, "response_budget": 512, "micro_batch_tokens": 4096}, 1, 4 * 640),
+        ({"prompt_budget": 64, "response_budget": 512, "micro_batch_tokens": 4096}, 2, 3 * 640),
         # A path has to fit, whatever a micro-batch is meant to hold.
         (BUDGETS | {"micro_batch_tokens": 4096}, 1, 9216),
         (BUDGETS | {"micro_batch_tokens": 8 * 9216, "pack_length": 10000}, 8, 10000),
