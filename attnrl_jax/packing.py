@@ -213,8 +213,8 @@ def _place(
 
     A tree that fits a sequence but no room that is left fills the largest room with its first
     leaves, if that room is then at least half used by tokens that need not be laid out again for
-    the others; otherwise, and if it exceeds a sequence, it begins a new one. What is left
-    over waits for its turn as a tree of its own.
+    the others; otherwise, and if it exceeds a sequence, it begins a new one. What is left over
+    waits for its turn as a tree of its own.
     """
     lengths, repeated = length.tolist(), common.tolist()
     total = np.concatenate([[0], np.cumsum(length - common)]).tolist()
@@ -290,14 +290,14 @@ def batch_slices(
 
 
 def problem_groups(paths: Paths, tokens: int) -> list[Int[np.ndarray, "row"]]:
-    """Cuts rows into groups of whole problems of about `tokens` tokens, so many in a row.
+    """Cuts rows into groups of whole problems, each of about `tokens` tokens.
 
     Args:
       paths: of the rows.
-      tokens: of a group, which ends with the problem that reaches it.
+      tokens: a group ends with the problem with which all so far reach a multiple of it.
 
     Returns:
-      the rows of each group.
+      the rows of each group, problem by problem.
     """
     order = np.argsort(paths.problem, kind="stable")
     first = np.unique(paths.problem[order], return_index=True)[1]
