@@ -33,11 +33,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from attnrl_jax.shapes import pad_rows
-from attnrl_jax.types import PackedTokens, Paths, Rollouts
+from attnrl_jax.types import Leaves, PackedTokens, Paths, Rollouts
 
 
-def row_paths(rows: Rollouts, initial: Bool[np.ndarray, "row"]) -> Paths:
+def row_paths(rows: Rollouts | Leaves, initial: Bool[np.ndarray, "row"]) -> Paths:
     """What the rows have in common.
 
     Args:
@@ -88,6 +87,8 @@ class Layout:
 
     def gather(self, x: np.ndarray, fill: float = 0) -> np.ndarray:
         """What `x` `[row, time]` says of every token, `[batch, time]`; `fill` for padding."""
+        if not len(x):
+            return np.full(self.row.shape, fill, x.dtype)
         return np.where(self.row >= 0, x[self.row, self.index], np.asarray(fill, x.dtype))
 
     def spread(self, packed: np.ndarray, time: int) -> np.ndarray:
@@ -110,8 +111,107 @@ class Layout:
         )
 
 
-def pack_paths(paths: Paths, capacity: int, share: bool) -> Layout:
-    """Lays rows out in as few sequences as best fit decreasing finds.
+@dataclass(frozen=True)
+class Placement:
+    """Where every row goes, by lengths alone; leaves are in the order in which they are laid out.
+
+    Attributes:
+      paths: of the rows.
+      order: row of each leaf.
+      sequence, start: where the leaf's own tokens begin.
+      common: tokens that it has in common with the leaf before it in its tree, laid out there.
+      begins: whether it is the first of its tree.
+      holds_prompt, holds_root: leaf whose tokens are the prompt's, and those shared with the root.
+      leaves: of the leaf's tree.
+      used: tokens in each sequence.
+      capacity: places of a sequence.
+      shares: as in `Layout`.
+    """
+
+    paths: Paths
+    order: Int[np.ndarray, "row"]
+    sequence: Int[np.ndarray, "row"]
+    start: Int[np.ndarray, "row"]
+    common: Int[np.ndarray, "row"]
+    begins: Bool[np.ndarray, "row"]
+    holds_prompt: Int[np.ndarray, "row"]
+    holds_root: Int[np.ndarray, "row"]
+    leaves: Int[np.ndarray, "row"]
+    used: Int[np.ndarray, "sequence"]
+    capacity: int
+    shares: bool
+
+    def own_places(self) -> tuple[Int[np.ndarray, "row"], Int[np.ndarray, "row"]]:
+        """Of each row its sequence, and what takes an index of an own token to its place in it."""
+        by_row = np.argsort(self.order)
+        return self.sequence[by_row], (self.start - self.common)[by_row]
+
+    def lay_out(
+        self, sequences: Int[np.ndarray, "sequence"]
+    ) -> tuple[Int[np.ndarray, "row"], Layout]:
+        """Every token of some sequences.
+
+        Args:
+          sequences: which ones, in which order; -1 for an empty one.
+
+        Returns:
+          the rows in them, ascending, and the layout of these rows.
+        """
+        place_of = np.full(len(self.used), -1)
+        place_of[sequences[sequences >= 0]] = np.flatnonzero(sequences >= 0)
+        there = place_of[self.sequence] >= 0
+        # Trees lie whole in a sequence, so what holds a leaf's prefix is there with the leaf.
+        renumbered = np.cumsum(there) - 1
+        order, begins, common, start = (
+            x[there] for x in (self.order, self.begins, self.common, self.start)
+        )
+        holds_prompt, holds_root = (
+            renumbered[x[there]] for x in (self.holds_prompt, self.holds_root)
+        )
+        sequence, leaves = place_of[self.sequence[there]], self.leaves[there]
+        rows, prompt = np.sort(order), self.paths.prompt_length[order]
+        own = self.paths.length[order] - common
+        taken = np.cumsum(own) - own
+
+        # From leaves to tokens. `token` counts them in the order of the leaves, without padding.
+        of = np.repeat(np.arange(len(order)), own)
+        token = np.arange(len(of))
+        index = token - taken[of] + common[of]
+        holder = np.where(common > prompt, holds_root, holds_prompt)
+        behind = common - 1 - common[holder]
+        branches = np.bincount((taken[holder] + behind)[~begins], minlength=len(of))
+        total = np.cumsum(branches)
+        last = (taken + own - 1)[of]
+        below = total[last] - total + branches
+        count = np.where(index < prompt[of], leaves[of], 1 + below)
+        place = start[of] + token - taken[of]
+        previous = np.where(token == taken[of], (start[holder] + behind)[of], place - 1)
+        previous = np.where((token == taken[of]) & begins[of], place, previous)
+        at = sequence[of] * self.capacity + place
+
+        def laid_out(x: np.ndarray, fill: int = 0) -> np.ndarray:
+            flat = np.full(len(sequences) * self.capacity, fill, np.int32)
+            flat[at] = x
+            return flat.reshape(len(sequences), self.capacity)
+
+        by_row = np.argsort(order)
+        holders = np.stack([holds_prompt, holds_root, np.arange(len(order))], axis=1)
+        offsets = sequence[:, None] * self.capacity + start[holders] - common[holders]
+        return rows, Layout(
+            row=laid_out(np.searchsorted(rows, order)[of], -1),
+            index=laid_out(index),
+            visible_until=laid_out((start + own)[of + count - 1]),
+            previous=laid_out(previous),
+            count=laid_out(count),
+            length=self.paths.length[rows],
+            bounds=common[holders][by_row],
+            offsets=offsets[by_row],
+            shares=self.shares,
+        )
+
+
+def place_paths(paths: Paths, capacity: int, share: bool) -> Placement:
+    """Puts rows into as few sequences as best fit decreasing finds.
 
     Args:
       paths: of the rows.
@@ -141,49 +241,23 @@ def pack_paths(paths: Paths, capacity: int, share: bool) -> Layout:
     # Trees, and in them the leaves of one root; the first leaf of each holds what is shared.
     leaf = np.arange(rows)
     tree = np.cumsum(begins) - 1
+    sequence = trees[tree, 1]
     holds_prompt = np.maximum.accumulate(np.where(begins, leaf, 0))
     holds_root = np.maximum.accumulate(np.where(begins | other_root, leaf, 0))
-    leaves = np.bincount(tree)
     own = length - common
     taken = np.cumsum(own) - own
-    sequence = trees[tree, 1]
-    start = trees[tree, 2] + taken - taken[holds_prompt]
-
-    # From leaves to tokens. `token` counts them in the order of the leaves, without padding.
-    of = np.repeat(leaf, own)
-    token = np.arange(len(of))
-    index = token - taken[of] + common[of]
-    holder = np.where(common > prompt, holds_root, holds_prompt)
-    behind = common - 1 - common[holder]
-    branches = np.bincount((taken[holder] + behind)[~begins], minlength=len(of))
-    total = np.cumsum(branches)
-    last = (taken + own - 1)[of]
-    below = total[last] - total + branches
-    count = np.where(index < prompt[of], leaves[tree[of]], 1 + below)
-    place = start[of] + token - taken[of]
-    first = token == taken[of]
-    previous = np.where(first, (start[holder] + behind)[of], place - 1)
-    previous = np.where(first & begins[of], place, previous)
-
-    shape = (int(sequence.max(initial=-1)) + 1, capacity)
-    at = sequence[of] * capacity + place
-
-    def laid_out(x: np.ndarray, fill: int = 0) -> np.ndarray:
-        flat = np.full(shape[0] * capacity, fill, np.int32)
-        flat[at] = x
-        return flat.reshape(shape)
-
-    holders = np.stack([holds_prompt, holds_root, leaf], axis=1)
-    by_row = np.argsort(order)
-    return Layout(
-        row=laid_out(order[of], -1),
-        index=laid_out(index),
-        visible_until=laid_out((start + own)[of + count - 1]),
-        previous=laid_out(previous),
-        count=laid_out(count),
-        length=np.asarray(paths.length),
-        bounds=common[holders][by_row],
-        offsets=(sequence[:, None] * capacity + start[holders] - common[holders])[by_row],
+    return Placement(
+        paths=paths,
+        order=order,
+        sequence=sequence,
+        start=trees[tree, 2] + taken - taken[holds_prompt],
+        common=common,
+        begins=begins,
+        holds_prompt=holds_prompt,
+        holds_root=holds_root,
+        leaves=np.bincount(tree)[tree],
+        used=np.bincount(sequence, own).astype(np.int64),
+        capacity=capacity,
         shares=share,
     )
 
@@ -258,35 +332,45 @@ def _place(
     return np.array(sorted(placed), np.int64).reshape(-1, 3)
 
 
-def batch_slices(
-    sequences: int, capacity: int, tokens: int, multiple: int
-) -> list[tuple[slice, int]]:
-    """Cuts sequences into batches of about `tokens` tokens, of at most three shapes.
+def deal_batches(
+    placement: Placement, tokens: int, devices: int
+) -> list[Int[np.ndarray, "sequence"]]:
+    """Cuts sequences into batches of about `tokens` tokens, of at most three sizes.
 
-    Batches are whole, but for the last: a half, a quarter, or one of each.
+    Batches are whole, but for the last: a half, a quarter, or one of each. In a batch, sequences
+    are dealt to the devices so that each has about as many tokens to work on.
 
     Args:
-      sequences: to cut.
-      capacity: tokens of each.
-      tokens: of a whole batch, at most (`multiple` sequences at least).
-      multiple: batches hold a multiple of it (devices that share the batch axis).
+      placement: of the rows.
+      tokens: places of a whole batch, at most (one sequence a device at least).
+      devices: that share the batch axis, each with as many sequences of a batch.
 
     Returns:
-      the sequences of each batch, and how many it is padded to.
+      the sequences of each batch, device by device; -1 where there is none.
     """
-    whole = max(tokens // capacity // multiple, 1)
+    sequences, used = len(placement.used), placement.used
+    whole = max(tokens // placement.capacity // devices, 1)
     half, quarter = -(-whole // 2), -(-whole // 4)
-    needed = -(-sequences // multiple)
+    needed = -(-sequences // devices)
     sizes = [whole] * (needed // whole)
     rest = needed % whole
     if rest:
         ends = ([quarter], [half], [half, quarter], [whole])
         sizes += next(end for end in ends if sum(end) >= rest)
-    ends_at = np.cumsum(sizes) * multiple
-    return [
-        (slice(int(end) - size * multiple, min(int(end), sequences)), size * multiple)
-        for end, size in zip(ends_at, sizes, strict=True)
-    ]
+    batches, begin = [], 0
+    for size in sizes:
+        batch = np.full(size * devices, -1)
+        there = np.arange(begin, min(begin + size * devices, sequences))
+        batch[: len(there)] = there
+        if devices > 1:
+            # The most tokens first, there and back again over the devices.
+            batch[: len(there)] = there[np.argsort(-used[there], kind="stable")]
+            rounds = batch.reshape(size, devices)
+            rounds[1::2] = rounds[1::2, ::-1].copy()
+            batch = rounds.T.reshape(-1)
+        batches.append(batch)
+        begin += size * devices
+    return batches
 
 
 def problem_groups(paths: Paths, tokens: int) -> list[Int[np.ndarray, "row"]]:
@@ -305,12 +389,6 @@ def problem_groups(paths: Paths, tokens: int) -> list[Int[np.ndarray, "row"]]:
     return np.split(order, first[1:][np.diff(before[first] // tokens) > 0])
 
 
-def take_rows(tree: Any, rows: np.ndarray) -> Any:
-    """These rows (indices, or a mask) of every array."""
+def take_rows(tree: Any, rows: np.ndarray | slice) -> Any:
+    """These rows (indices, a mask, or a slice) of every array."""
     return jax.tree.map(lambda x: x[rows], tree)
-
-
-def take_sequences(tree: Any, part: tuple[slice, int]) -> Any:
-    """One batch of `batch_slices` of every array `[batch, time]`; what is missing is 0."""
-    chosen, size = part
-    return jax.tree.map(lambda x: pad_rows(x[chosen], size, None, 0), tree)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 
 def bucket_length(length: int, multiple: int) -> int:
     """The least positive multiple of `multiple` that holds `length`."""
@@ -20,14 +18,3 @@ def few_lengths(length: int, multiple: int) -> int:
     power = 1 << (needed - 1).bit_length()
     # Three quarters of the power of two above, where that is enough and a whole number.
     return multiple * (power * 3 // 4 if power >= 4 and needed <= power * 3 // 4 else power)
-
-
-def pad_rows(x: np.ndarray, rows: int, width: int | None, fill: int | float) -> np.ndarray:
-    """Pads with `fill` to `rows` rows, and cuts or pads the second axis to `width` if given."""
-    if width is not None:
-        x = x[:, :width]
-    widths = [(0, rows - x.shape[0])]
-    if width is not None:
-        widths.append((0, width - x.shape[1]))
-    widths += [(0, 0)] * (x.ndim - len(widths))
-    return np.pad(x, widths, constant_values=fill)

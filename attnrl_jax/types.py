@@ -20,9 +20,12 @@ token `t`, that is, to the distribution which tokens `< t` gave for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 ArrayLike = Array | np.ndarray
 
@@ -63,6 +66,58 @@ class Rollouts:
     step_ids: Int[np.ndarray, "row time"]
     fci: Float[np.ndarray, "row step"]
     reward: Float[np.ndarray, "row"]
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """`Rollouts` as all processes hold them: every token once. Host arrays.
+
+    A row holds the tokens it sampled itself; those before are its root's, and those before these
+    the prompt's. `training.leaves.lay_out` makes `Rollouts` of some rows. Pieces stay where they
+    were fetched to, since to copy all of them takes the host long.
+
+    Attributes:
+      prompt_length, length, problem, root, split, ended, reward: as in `Rollouts`.
+      version: number of the parameters that sampled the row's own tokens.
+      num_ranges: ranges of the row in `fci`; 0 for rows that were not scored for it.
+      prompts: of each problem; none where there are only continuations.
+      tokens, logprobs, entropy: of the own tokens of each row.
+      fci: forward context influence by range, of each row.
+    """
+
+    prompt_length: Int[np.ndarray, "row"]
+    length: Int[np.ndarray, "row"]
+    problem: Int[np.ndarray, "row"]
+    root: Int[np.ndarray, "row"]
+    split: Int[np.ndarray, "row"]
+    ended: Bool[np.ndarray, "row"]
+    reward: Float[np.ndarray, "row"]
+    version: Int[np.ndarray, "row"]
+    num_ranges: Int[np.ndarray, "row"]
+    prompts: list[Int[np.ndarray, "time"]]
+    tokens: list[Int[np.ndarray, "time"]]
+    logprobs: list[Float[np.ndarray, "time"]]
+    entropy: list[Float[np.ndarray, "time"]]
+    fci: list[Float[np.ndarray, "step"]]
+
+    @property
+    def own_length(self) -> Int[np.ndarray, "row"]:
+        """Tokens that each row sampled itself."""
+        return self.length - self.prompt_length - self.split
+
+
+@dataclass(frozen=True)
+class LazyRows:
+    """Some array `[row, time]` of which only the rows asked for are ever made.
+
+    Attributes:
+      make: the array of some rows, given as indices.
+    """
+
+    make: Callable[[np.ndarray], np.ndarray]
+
+    def __getitem__(self, rows: Int[np.ndarray, "chosen"]) -> Num[np.ndarray, "chosen time"]:
+        return self.make(rows)
 
 
 @struct.dataclass
@@ -124,7 +179,7 @@ class PackedTokens:
 
 @struct.dataclass
 class TrainRows:
-    """Rows of the policy-gradient update; host arrays.
+    """Rows of the policy-gradient update; host arrays, or what makes them row by row.
 
     Attributes:
       tokens: prompt and response, right padded.
@@ -133,10 +188,10 @@ class TrainRows:
       behaviour_logprobs: log-probability under the parameters that sampled the token.
     """
 
-    tokens: Int[np.ndarray, "row time"]
+    tokens: Int[np.ndarray, "row time"] | LazyRows
     paths: Paths
-    advantages: Float[np.ndarray, "row time"]
-    behaviour_logprobs: Float[np.ndarray, "row time"]
+    advantages: Float[np.ndarray, "row time"] | LazyRows
+    behaviour_logprobs: Float[np.ndarray, "row time"] | LazyRows
 
 
 @struct.dataclass

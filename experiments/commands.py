@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from attnrl_jax.processes import ProcessError
+
 # Values of `--thinking`, for `PromptConfig.enable_thinking`.
 THINKING = {"auto": None, "on": True, "off": False}
 
@@ -16,12 +18,16 @@ TRACEBACK = "Traceback (most recent call last):"
 
 
 def stop(error: Exception) -> NoReturn:
-    """Ends the command with an error in one paragraph, exit code 2."""
-    text = str(error).strip()
-    if not isinstance(error, ValueError | OSError):
+    """Ends the command with an error in one paragraph.
+
+    The exit code is 2 where what was given cannot be used, so that trying again would not help, and
+    1 for anything else.
+    """
+    text, refused = str(error).strip(), isinstance(error, ValueError | OSError)
+    if not refused and not isinstance(error, ProcessError):
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(2 if refused else 1)
 
 
 def config_fault(error: Exception) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,17 @@ class RunFolder:
       folder: made if needed.
       last_step: of the checkpoint the run continues from, -1 for a new run. Metrics of later
         steps, written before the run was stopped, are dropped: those steps are run again.
+      writes: False only keeps `history`: of several processes one writes.
     """
 
-    def __init__(self, folder: Path, last_step: int = -1):
+    def __init__(self, folder: Path, last_step: int = -1, writes: bool = True):
+        self.folder = folder
+        self._writes = writes
+        self.history: list[dict[str, float]] = []
+        if not writes:
+            return
         from tensorboardX import SummaryWriter
 
-        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "trees").mkdir(exist_ok=True)
         self._metrics = folder / "metrics.jsonl"
@@ -54,6 +61,8 @@ class RunFolder:
     def write_metrics(self, metrics: dict[str, float]) -> None:
         """Appends one step's metrics to `metrics.jsonl` and TensorBoard."""
         self.history.append(metrics)
+        if not self._writes:
+            return
         with self._metrics.open("a") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
         for name, value in metrics.items():
@@ -63,12 +72,17 @@ class RunFolder:
 
     def write_tree(self, step: int, tree: dict[str, Any]) -> None:
         """Writes an example tree as JSON."""
+        if not self._writes:
+            return
         write_atomically(
             self.folder / "trees" / f"step_{step:06d}.json", json.dumps(tree, indent=1)
         )
 
     def plot(self) -> Path:
         """Draws held-out and training accuracy against training steps."""
+        path = self.folder / "curve.png"
+        if not self._writes:
+            return path
         import matplotlib
 
         matplotlib.use("Agg")
@@ -90,13 +104,13 @@ class RunFolder:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-        path = self.folder / "curve.png"
         figure.savefig(path, dpi=150)
         plt.close(figure)
         return path
 
     def close(self) -> None:
-        self._events.close()
+        if self._writes:
+            self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -122,30 +136,34 @@ def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | N
     Steps carry their text, FCI and first token; leaves their reward and the value, advantage and
     extent of every segment of their path.
     """
-    rows = report.rows
-    index = np.arange(len(rows.root))
-    continued = rows.root != index
+    everything = report.leaves
+    continued = everything.root != np.arange(len(everything.root))
     if not continued.any():
         return None
-    problems = np.unique(rows.problem)
-    mixed = np.array([np.ptp(rows.reward[rows.problem == p]) for p in problems])
-    branches = np.array([continued[rows.problem == p].sum() for p in problems])
-    problem = int(problems[np.lexsort((branches, mixed))[-1]])
+    problems, group = np.unique(everything.problem, return_inverse=True)
+    highest, lowest = np.full(len(problems), -np.inf), np.full(len(problems), np.inf)
+    np.maximum.at(highest, group, everything.reward)
+    np.minimum.at(lowest, group, everything.reward)
+    branches = np.bincount(group, continued)
+    problem = int(problems[np.lexsort((branches, highest - lowest))[-1]])
+    members = np.flatnonzero(everything.problem == problem)
+    rows = report.lay_out(members)
+    advantages = report.leaf_advantages.lay_out(everything, members, rows.tokens.shape[1])
     starts, ends = step_bounds(rows.step_ids)
     # Methods that do not need it do not compute it.
     has_fci = bool(rows.fci.any())
     leaves = []
-    for row in np.flatnonzero(rows.problem == problem):
-        prompt = int(rows.prompt_length[row])
+    for k, row in enumerate(members):
+        prompt = int(rows.prompt_length[k])
         steps = []
-        for step in range(1, int(rows.step_ids[row].max()) + 1):
-            start, end = int(starts[row, step]), int(ends[row, step])
+        for step in range(1, int(rows.step_ids[k].max()) + 1):
+            start, end = int(starts[k, step]), int(ends[k, step])
             steps.append(
                 {
-                    "text": tokenizer.decode(rows.tokens[row, start:end]).strip(),
+                    "text": tokenizer.decode(rows.tokens[k, start:end]).strip(),
                     "start": start - prompt,
-                    "fci": float(rows.fci[row, step]) if has_fci and not continued[row] else None,
-                    "version": int(rows.version[row, start]),
+                    "fci": float(rows.fci[k, step]) if has_fci and not continued[row] else None,
+                    "version": int(rows.version[k, start]),
                 }
             )
         segments = [
@@ -154,9 +172,7 @@ def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | N
                 "end": int(report.segments.end[row, s]),
                 "value": float(report.segments.value[row, s]),
                 "leaves": int(report.segments.num_leaves[row, s]),
-                "advantage": float(
-                    report.advantages[row, prompt + int(report.segments.start[row, s])]
-                ),
+                "advantage": float(advantages[k, prompt + int(report.segments.start[row, s])]),
             }
             for s in range(report.segments.valid.shape[1])
             if report.segments.valid[row, s]
@@ -164,10 +180,10 @@ def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | N
         leaves.append(
             {
                 "row": int(row),
-                "root": int(rows.root[row]),
-                "split": int(rows.split[row]),
-                "reward": float(rows.reward[row]),
-                "ended": bool(rows.ended[row]),
+                "root": int(rows.root[k]),
+                "split": int(rows.split[k]),
+                "reward": float(rows.reward[k]),
+                "ended": bool(rows.ended[k]),
                 "trained": bool(report.trained[row]),
                 "steps": steps,
                 "segments": segments,
@@ -218,6 +234,29 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text if len(text) <= 400 else text[:400] + " ...")
+
+
+def draw_timeline(spans: Sequence[tuple[str, float, float]], width: int = 80) -> str:
+    """When each stage of a step ran: a line for each, in the order in which they began.
+
+    Args:
+      spans: of `StepReport`.
+      width: columns from the begin of the first stage to the end of the last.
+    """
+    first = min(begin for _, begin, _ in spans)
+    total = max(end for _, _, end in spans) - first
+    per_column = total / width or 1.0
+    lines = []
+    for name in dict.fromkeys(name for name, _, _ in sorted(spans, key=lambda span: span[1])):
+        row = [" "] * width
+        seconds = 0.0
+        for _, begin, end in (span for span in spans if span[0] == name):
+            seconds += end - begin
+            left = min(int((begin - first) / per_column), width - 1)
+            right = max(math.ceil((end - first) / per_column), left + 1)
+            row[left:right] = "#" * (min(right, width) - left)
+        lines.append(f"{name:>9} {seconds:7.2f} s |{''.join(row)}|")
+    return "\n".join(lines)
 
 
 class Terminal:

@@ -13,26 +13,29 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
+from attnrl_jax import processes
 from attnrl_jax.datasets.preparation import Prepared
-from attnrl_jax.sharding import make_mesh
+from attnrl_jax.sharding import make_meshes
 from attnrl_jax.training.checkpoint import Checkpointer
 from attnrl_jax.training.loop import evaluate, finished, start, train_steps
-from attnrl_jax.training.stages import Setup
-from attnrl_jax.training.state import TrainState, init_state
+from attnrl_jax.training.setup import Setup
+from attnrl_jax.training.state import TrainState, abstract_state, init_state
 from experiments import reporting
 from experiments.commands import config_fault, interrupted, stop
-from experiments.folders import FolderError, claimed, is_same, write_atomically
+from experiments.folders import FolderError, claimed, flat, is_same, write_atomically
 from experiments.settings import build
 from experiments.tasks import build_task, load_policy
 
@@ -41,6 +44,7 @@ CONFIG_FILE = "config.json"
 # Settings that may differ when a run is continued: they do not change what a step computes.
 FREE_TO_CHANGE = (
     "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints", "data.cache",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sampling_tensor", "mesh.sampling_devices",
 )  # fmt: skip
 
 
@@ -50,9 +54,11 @@ def claimed_run(folder: Path, config: ConfigDict) -> Iterator[None]:
 
     Raises:
       FolderError: it belongs to another run (the difference is named), holds other files, or is in
-        use by another process.
+        use by another process. Of several processes of one run the first holds it for all.
     """
-    with claimed(folder, "run", CONFIG_FILE, as_json(config), FREE_TO_CHANGE):
+    with ExitStack() as held:
+        claim = claimed(folder, "run", CONFIG_FILE, as_json(config), FREE_TO_CHANGE)
+        processes.first_then_all(lambda: held.enter_context(claim))
         yield
 
 
@@ -86,26 +92,103 @@ def run(config: ConfigDict, folder: Path, console: Console) -> list[dict[str, fl
         used.
     """
     settings = build(config)
-    mesh = make_mesh(settings.mesh)
+    check_same_settings(as_json(config))
+    mesh, sampling_mesh = make_meshes(settings.mesh)
+    processes.exchange_over(sampling_mesh)
     policy = load_policy(settings, mesh)
-    task, skipped, prepared = build_task(settings, policy)
+    # What holds the policy below does not hold its parameters: the state has a copy of its own.
+    params, policy = policy.params, policy._replace(params=None)
+    with processes.first_ahead():
+        task, skipped, prepared = build_task(settings, policy)
     terminal = reporting.Terminal(settings.train.steps, console)
     try:
-        with jax.set_mesh(mesh), claimed_run(folder, config), terminal:
+        with claimed_run(folder, config), terminal:
+            check_shared(folder)
             console.print(f"run folder: {folder}", soft_wrap=True)
+            if len(jax.devices()) > 1:
+                console.print(describe_devices(mesh, sampling_mesh), soft_wrap=True)
             console.print(
                 f"{len(task.held_out)} held-out problems, {skipped} left out for their prompts; "
                 "the first step compiles"
             )
             if prepared is not None:
                 record_problems(folder, prepared, console)
-            params, train = policy.params, settings.train
-            # A copy: the update gives the policy's own buffers away.
-            reference = jax.tree.map(jnp.copy, params) if train.loss.kl_beta > 0 else None
-            setup = Setup(task, policy.model, train, mesh, reference, on_stage=terminal.stage)
-            return _run(setup, folder, init_state(params, train.optimizer, mesh), terminal)
+            train = settings.train
+            reference = params if train.loss.kl_beta > 0 else None
+            setup = Setup(
+                task, policy.model, train, mesh, sampling_mesh, reference, on_stage=terminal.stage
+            )
+            with closing(Checkpointer(folder / "checkpoints", train.keep_checkpoints)) as saved:
+                done = saved.latest_step()
+                processes.check_agreement("the newest checkpoint", -1 if done is None else done)
+                # A run that goes on needs no arrays beside those of its checkpoint.
+                first = (init_state if done is None else abstract_state)(
+                    params, train.optimizer, mesh
+                )
+                del params
+                return _run(setup, folder, first, saved, terminal)
     finally:
         task.judge.close()
+
+
+def check_same_settings(values: dict[str, Any]) -> None:
+    """Makes sure that all processes have the settings of process 0.
+
+    Args:
+      values: of `as_json`.
+
+    Raises:
+      ValueError: some have others, which they name.
+    """
+    if processes.count() == 1:
+        return
+    wanted, given = flat(json.loads(processes.from_first(json.dumps(values)))), flat(values)
+    changed = [
+        f"{key}: {wanted.get(key)!r} in process 0, {given.get(key)!r} here"
+        for key in sorted({*wanted, *given})
+        if wanted.get(key) != given.get(key)
+    ]
+    differ = np.flatnonzero(processes.of_all(np.int32(bool(changed))))
+    if len(differ):
+        others = f"process {', '.join(map(str, differ))} has other settings than process 0"
+        raise ValueError("; ".join(changed) or others)
+
+
+def describe_devices(mesh: Mesh, sampling_mesh: Mesh) -> str:
+    """What the run runs on, in a line."""
+    layouts = [" x ".join(f"{k} {n}" for k, n in m.shape.items()) for m in (mesh, sampling_mesh)]
+    return (
+        f"{len(jax.devices())} devices in {processes.count()} process(es): {layouts[0]}; "
+        f"sampling on {layouts[1]}"
+    )
+
+
+def check_shared(folder: Path, patience: float = 30.0) -> None:
+    """Makes sure that all processes see the run folder that process 0 writes to.
+
+    Args:
+      folder: there, in process 0.
+      patience: seconds that another host may take to show a file.
+
+    Raises:
+      FolderError: some do not.
+    """
+    if processes.count() == 1:
+        return
+    first = processes.from_first(str(folder))
+    path = folder / processes.from_first(f".seen-{uuid.uuid4().hex}")
+    processes.first_then_all(lambda: path.write_text("by all processes?\n"))
+    deadline = time.monotonic() + patience
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    missing = np.flatnonzero(~processes.of_all(np.bool_(seen)))
+    if processes.is_first():
+        path.unlink()
+    if len(missing):
+        raise FolderError(
+            f"the run folder {first} of process 0 is not seen by process "
+            f"{', '.join(map(str, missing))}; give all of them one shared folder as --workdir"
+        )
 
 
 def record_problems(folder: Path, prepared: Prepared, console: Console) -> None:
@@ -116,6 +199,7 @@ def record_problems(folder: Path, prepared: Prepared, console: Console) -> None:
     """
     path = folder / "data.json"
     version = prepared.folder.parent.name
+    processes.check_agreement("the training problems", version)
     if path.exists():
         before = json.loads(path.read_text())["version"]
         if before != version:
@@ -125,50 +209,59 @@ def record_problems(folder: Path, prepared: Prepared, console: Console) -> None:
                 "now; give them back, or begin another run"
             )
         return
+    if not processes.is_first():
+        return
     console.print(prepared.report.to_table(), soft_wrap=True, highlight=False)
     values = {"version": version} | prepared.report.to_dict()
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 def _run(
-    setup: Setup, folder: Path, train: TrainState, terminal: reporting.Terminal
+    setup: Setup,
+    folder: Path,
+    first: TrainState,
+    checkpointer: Checkpointer,
+    terminal: reporting.Terminal,
 ) -> list[dict[str, float]]:
-    config = setup.config
-    with closing(Checkpointer(folder / "checkpoints", config.keep_checkpoints)) as checkpointer:
-        done = checkpointer.latest_step()
+    config, done = setup.config, checkpointer.latest_step()
+    if done is None:
+        begin = time.perf_counter()
+        state = start(setup, first)
+        warm_up = {
+            "step": 0,
+            "tokens/sampled_total": state.sampled_tokens,
+            "seconds/warm_up": time.perf_counter() - begin,
+        }
+    else:
+        state = checkpointer.restore(first)
+        left = "nothing left to do" if finished(state, config) else "continuing"
+        terminal.console.print(f"{left} after step {state.step}")
+    last_step = -1 if done is None else done
+    with closing(reporting.RunFolder(folder, last_step, processes.is_first())) as files:
         if done is None:
-            begin = time.perf_counter()
-            state = start(setup, train)
-            warm_up = {
-                "step": 0,
-                "tokens/sampled_total": state.sampled_tokens,
-                "seconds/warm_up": time.perf_counter() - begin,
-            }
-        else:
-            state = checkpointer.restore(train)
-            left = "nothing left to do" if finished(state, config) else "continuing"
-            terminal.console.print(f"{left} after step {state.step}")
-        with closing(reporting.RunFolder(folder, -1 if done is None else done)) as files:
-            if done is None:
-                record(files, terminal, warm_up | evaluate(state, setup))
+            record(files, terminal, warm_up | evaluate(state, setup))
+            checkpointer.save(state)
+        tree, spans = None, []
+        for state, report in train_steps(state, setup):  # noqa: B020 (the state goes on)
+            last = finished(state, config)
+            metrics, spans = report.metrics, report.spans
+            if last or (config.eval_every and state.step % config.eval_every == 0):
+                metrics |= evaluate(state, setup)
+            example = reporting.example_tree(report, setup.task.tokenizer)
+            if example is not None:
+                files.write_tree(state.step, example)
+                tree = example
+            record(files, terminal, metrics)
+            if last or state.step % config.checkpoint_every == 0:
                 checkpointer.save(state)
-            tree = None
-            for state, report in train_steps(state, setup):  # noqa: B020 (the state goes on)
-                last = finished(state, config)
-                metrics = report.metrics
-                if last or (config.eval_every and state.step % config.eval_every == 0):
-                    metrics |= evaluate(state, setup)
-                example = reporting.example_tree(report, setup.task.tokenizer)
-                if example is not None:
-                    files.write_tree(state.step, example)
-                    tree = example
-                record(files, terminal, metrics)
-                if last or state.step % config.checkpoint_every == 0:
-                    checkpointer.save(state)
-            if tree is not None:
-                terminal.console.print(reporting.draw_tree(tree))
-            files.plot()
-            return files.history
+        if tree is not None:
+            terminal.console.print(reporting.draw_tree(tree))
+        if spans and config.overlap != "none":
+            seconds = files.history[-1]["seconds/step"]
+            terminal.console.print(f"the last step, {seconds:.1f} s:")
+            terminal.console.print(reporting.draw_timeline(spans))
+        files.plot()
+        return files.history
 
 
 def record(
@@ -195,24 +288,40 @@ def main(argv: list[str]) -> None:
         stop(ValueError(f"unexpected arguments: {' '.join(argv[1:])} (--help explains)"))
     # Orbax reports every file it closes at INFO.
     logging.set_verbosity(logging.WARNING)
+    flag, again = flags.FLAGS, "nothing was begun"
     try:
-        config = flags.FLAGS.config
+        config = flag.config
         name = f"{config.get('method')}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(flags.FLAGS.workdir or Path("runs") / name).absolute()
-        history = run(config, folder, Console())
+        folder = Path(flag.workdir or Path("runs") / processes.from_first(name)).absolute()
+        again = f"continue with the same command and --workdir={folder}"
+        history = run(config, folder, Console(quiet=not processes.is_first()))
     except KeyboardInterrupt:
-        interrupted(f"continue with the same command and --workdir={folder}")
+        interrupted(again)
     except Exception as error:
-        if flags.FLAGS.debug:
+        if flag.debug:
             raise
         stop(error)
-    print(f"metrics, trees, checkpoints and curve.png are in {folder}")
-    print(result_line(history))
+    if processes.is_first():
+        print(f"metrics, trees, checkpoints and curve.png are in {folder}")
+        print(result_line(history))
 
 
 def command() -> None:
     """The command line. Flags are defined here, so that importing this file does nothing."""
     flags.DEFINE_string("workdir", None, "Run folder; by default a new one under runs/.")
+    flags.DEFINE_string(
+        "coordinator", None, "Of several processes: address:port of the first. TPU pod slices and "
+        "SLURM say it themselves.",
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "num_processes", None, "Of several processes: how many; 1 alone runs without the cluster."
+    )
+    flags.DEFINE_integer("process_id", None, "Of several processes: which one, from 0.")
+    flags.DEFINE_integer(
+        "process_timeout",
+        100,
+        "Seconds that the other processes are waited for, at the start and when one is silent.",
+    )
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
     app.define_help_flags()
     try:
@@ -221,7 +330,15 @@ def command() -> None:
         arguments = flags.FLAGS(sys.argv)
     except Exception as error:
         stop(ValueError(config_fault(error)))
-    app.run(main, argv=arguments, flags_parser=lambda arguments: arguments)
+    flag = flags.FLAGS
+    try:
+        processes.connect(
+            flag.coordinator, flag.num_processes, flag.process_id, flag.process_timeout
+        )
+    except (ValueError, processes.ProcessError) as error:
+        stop(error)
+    with processes.ending_together():
+        app.run(main, argv=arguments, flags_parser=lambda arguments: arguments)
 
 
 if __name__ == "__main__":

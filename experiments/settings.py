@@ -258,6 +258,8 @@ def _check(settings: Settings) -> None:
             f"branching.rule is {train.branching.rule!r}, but method {settings.method} has "
             f"{' or '.join(sorted(allowed))}"
         )
+    if settings.mesh.sampling_devices and train.overlap == "none":
+        raise SettingError("mesh.sampling_devices needs overlap 'initial' or 'all'")
     for name in ("held_out", "benchmarks"):
         if getattr(data, name) and not data.train:
             raise SettingError(f"data.{name} is given without data.train")

@@ -30,7 +30,7 @@ from attnrl_jax.tasks.judging import ExactJudge, MathJudge
 from attnrl_jax.tasks.problems import DataError, Problem, Source
 from attnrl_jax.tasks.prompts import build_prompt, prompt_version
 from attnrl_jax.tasks.tokenizer import Tokenizer, load_tokenizer
-from attnrl_jax.training.stages import Task
+from attnrl_jax.training.setup import Task
 from experiments.settings import SettingError, Settings
 
 # Generated training problems: far more than any run draws.

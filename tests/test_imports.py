@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attnrl_jax"
 
-BELOW_MODELS = {"types", "shapes", "sharding", "branching", "algorithms", "packing"}
+BELOW_MODELS = {
+    "types", "shapes", "processes", "sharding", "branching", "algorithms", "packing"
+}  # fmt: skip
 BELOW_TRAINING = BELOW_MODELS | {
     "models", "sampling", "scoring", "tasks", "datasets", "evaluation"
 }  # fmt: skip
@@ -18,6 +20,7 @@ BELOW_TRAINING = BELOW_MODELS | {
 MAY_IMPORT = {
     "types": set(),
     "shapes": set(),
+    "processes": set(),
     "packing": {"types", "shapes"},
     "branching": {"types"},
     "algorithms": {"types", "branching"},
@@ -29,6 +32,7 @@ MAY_IMPORT = {
     "scoring": BELOW_MODELS | {"models"},
     "evaluation": {"types", "branching", "models", "sampling", "tasks"},
     "training": BELOW_TRAINING,
+    "compilation": BELOW_TRAINING | {"training"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,9 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from attnrl_jax.packing import batch_slices, pack_paths, problem_groups, row_paths
+from attnrl_jax.packing import (
+    deal_batches,
+    place_paths,
+    problem_groups,
+    row_paths,
+)
 from attnrl_jax.types import Paths
-from tests.trees import random_rollouts, train_rows_of
+from tests.trees import pack_paths, random_rollouts, train_rows_of
 
 TIME = 32
 
@@ -106,6 +111,33 @@ def test_random_trees(seed, capacity, share):
         np.testing.assert_array_equal(laid_out, np.where(inside, values, 0))
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_some_sequences_are_laid_out_as_among_all(share):
+    """In any order, with an empty one among them, and with the rows they hold alone."""
+    rng = np.random.default_rng(0)
+    rows = train_rows_of(random_rollouts(rng, vocab=2), rng)
+    placement = place_paths(rows.paths, 45, share)
+    whole = pack_paths(rows.paths, 45, share)
+    np.testing.assert_array_equal(placement.used, (whole.row >= 0).sum(axis=1))
+    chosen = np.array([3, -1, 0, len(whole.row) - 1])
+    here, layout = placement.lay_out(chosen)
+    assert set(here) == set(whole.row[chosen[chosen >= 0]].ravel()) - {-1}
+    there = (chosen >= 0)[:, None]
+    named = np.where(layout.row >= 0, here[layout.row], -1)
+    np.testing.assert_array_equal(named, np.where(there, whole.row[chosen], -1))
+    for name in ("index", "visible_until", "previous", "count"):
+        values = np.where(there, getattr(whole, name)[chosen], 0)
+        np.testing.assert_array_equal(getattr(layout, name), values, err_msg=name)
+    values = rows.behaviour_logprobs[here]
+    inside = np.arange(TIME) < rows.paths.length[here, None]
+    laid_out = layout.spread(layout.gather(values), TIME)
+    np.testing.assert_array_equal(laid_out, np.where(inside, values, 0))
+    # None at all: a process may have nothing to do.
+    here, layout = placement.lay_out(np.array([-1]))
+    assert not len(here)
+    assert not layout.gather(rows.tokens[here]).any()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_only_what_was_branched_is_shared(seed):
     """Although all ids are equal. Counted by sets of what names a token: problem and depth in the
@@ -189,14 +221,28 @@ def test_groups_of_whole_problems():
         (21, 160, 2, [16, 8]),
         (12, 60, 1, [6, 6]),
         (11, 60, 1, [6, 3, 2]),
-        (0, 40, 1, []),
     ],
 )
 def test_batches_of_few_shapes(sequences, tokens, multiple, expected):
-    parts = batch_slices(sequences, 10, tokens, multiple)
-    assert [size for _, size in parts] == expected
-    covered = [k for part, _ in parts for k in range(sequences)[part]]
-    assert covered == list(range(sequences))
+    rng = np.random.default_rng(0)
+    rows = [(1, int(n), k, k, int(n)) for k, n in enumerate(rng.integers(6, 11, sequences))]
+    batches = deal_batches(place_paths(paths_of(*rows), 10, share=False), tokens, multiple)
+    assert [len(batch) for batch in batches] == expected
+    covered = [k for batch in batches for k in batch[batch >= 0]]
+    assert sorted(covered) == list(range(sequences))
+    if multiple == 1:
+        assert covered == sorted(covered)
+
+
+def test_devices_get_equal_shares_of_tokens():
+    """12 sequences of 22 to 11 tokens over 4 devices, 3 each; and 5 over 4."""
+    rows = [(1, n, n, n, n) for n in range(11, 23)]
+    placement = place_paths(paths_of(*rows), 22, share=False)
+    [batch] = deal_batches(placement, 264, 4)
+    assert placement.used[batch].reshape(4, 3).sum(axis=1).tolist() == [51, 50, 49, 48]
+    few = place_paths(paths_of(*rows[:5]), 22, share=False)
+    [batch] = deal_batches(few, 176, 4)
+    assert (batch.reshape(4, 2) >= 0).sum(axis=1).tolist() == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize(

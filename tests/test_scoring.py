@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 
 from attnrl_jax import scoring
+from attnrl_jax.compilation.counts import count_collectives
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import init_params
 from attnrl_jax.packing import problem_groups, row_paths, take_rows
 from attnrl_jax.scoring import packed_forward, score, score_rows, token_logprobs
-from attnrl_jax.training.rollout import empty_rollouts, own_tokens
+from attnrl_jax.sharding import (
+    MeshConfig,
+    batch_devices,
+    batch_sharding,
+    constrain_parameters,
+    make_mesh,
+    parameter_shardings,
+)
+from attnrl_jax.training.leaves import empty_rollouts
 from attnrl_jax.types import PackedTokens
 from tests.golden_data import load_json, load_npz
 from tests.trees import random_rollouts
@@ -91,20 +100,27 @@ def test_packed_rows_equal_rows_alone(golden_model):
         getattr(rows, name)[:] = value
     rows.problem[:] = np.arange(len(lengths))
     rows.prompt_length[:] = (step_ids == 0).sum(axis=1)
-    wanted = own_tokens(rows)
-    wanted[1, lengths[1] - 3 :] = False
+    first = rows.prompt_length.copy()
+    first[1] += 3
     time = tokens.shape[1]
     packed = score_rows(
-        golden.params, golden.config, tokens, row_paths(rows, np.ones(len(lengths), bool)), wanted,
-        step_ids, 1.0, delta=1, batch_tokens=2 * 2 * time, pack_length=2 * time,
+        golden.params, golden.config, tokens, row_paths(rows, np.ones(len(lengths), bool)), first,
+        step_ids, 1 + step_ids.max(axis=1), 1.0, delta=1, batch_tokens=2 * 2 * time,
+        pack_length=2 * time,
     )  # fmt: skip
-    for row in range(len(lengths)):
-        expected = alone(golden, rows, row)
-        for name in ("logprobs", "entropy"):
-            values = np.where(wanted[row], getattr(expected, name)[0], 0)
-            np.testing.assert_allclose(getattr(packed, name)[row], values, 1e-5, 1e-5)
-        np.testing.assert_allclose(packed.fci[row], expected.fci[0], atol=1e-5)
-    assert packed.fci.max() > 0.1
+    expected = [alone(golden, rows, row) for row in range(len(lengths))]
+    assert_pieces(packed, expected, first, lengths)
+    for fci, other, ids in zip(packed.fci, expected, step_ids, strict=True):
+        np.testing.assert_allclose(fci, other.fci[0, : 1 + ids.max()], atol=1e-5)
+    assert np.concatenate(packed.fci).max() > 0.1
+
+
+def assert_pieces(packed, expected, first, lengths):
+    """Values of exactly the tokens that were asked for."""
+    for name in ("logprobs", "entropy"):
+        rows = zip(getattr(packed, name), expected, first, lengths, strict=True)
+        for values, other, begin, end in rows:
+            np.testing.assert_allclose(values, getattr(other, name)[0, begin:end], 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -118,17 +134,14 @@ def test_continuations_scored_as_trees_equal_rows_alone(golden_model, seed, monk
     rows = take_rows(whole, continued)
     paths = row_paths(rows, np.zeros(continued.sum(), bool))
     assert len(problem_groups(paths, 64)) > 1
-    wanted = own_tokens(rows)
+    first = rows.prompt_length + rows.split
     packed = score_rows(
-        golden.params, golden.config, rows.tokens, paths, wanted, None, 1.0, batch_tokens=64,
-        pack_length=64,
+        golden.params, golden.config, rows.tokens, paths, first, None, rows.length * 0, 1.0,
+        batch_tokens=64, pack_length=64,
     )  # fmt: skip
-    for row in range(len(rows.length)):
-        expected = alone(golden, rows, row, with_fci=False)
-        for name in ("logprobs", "entropy"):
-            values = np.where(wanted[row], getattr(expected, name)[0], 0)
-            np.testing.assert_allclose(getattr(packed, name)[row], values, 1e-5, 1e-5)
-    assert not packed.fci.any()
+    expected = [alone(golden, rows, row, with_fci=False) for row in range(len(rows.length))]
+    assert_pieces(packed, expected, first, rows.length)
+    assert not any(map(len, packed.fci))
 
 
 def as_packed(tokens):
@@ -184,3 +197,68 @@ def test_chunks_without_a_wanted_token_are_left_out():
     assert np.abs(slope).sum() > 0
     spoiled = run(jnp.where(needed, hidden, jnp.nan), wanted)
     jax.tree.map(np.testing.assert_array_equal, spoiled, one)
+
+
+def values_and_gradients(config, chunk):
+    """Jitted, of parameters, hidden states, packed tokens, wanted ones and their weights."""
+
+    @jax.checkpoint
+    def loss(params, hidden, packed, wanted, weights):
+        logprobs, entropy = token_logprobs(
+            params, config, hidden, packed, wanted, 0.7, chunk_length=chunk, with_entropy=True
+        )
+        return jnp.sum(weights * logprobs + entropy), (logprobs, entropy)
+
+    @jax.jit
+    def program(*inputs):
+        (of_params, of_hidden), values = jax.grad(loss, argnums=(0, 1), has_aux=True)(*inputs)
+        return constrain_parameters(of_params), of_hidden, values
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "mesh"),
+    [
+        (VOCAB, "float32", MeshConfig(data=2, fsdp=4)),
+        (264, "bfloat16", MeshConfig(data=2, fsdp=2, tensor=2)),
+    ],
+    ids=["odd vocabulary", "cut vocabulary"],
+)
+def test_the_gradient_of_the_output_matrix_is_added_up_once(vocab, dtype, mesh):
+    """A bug: it was added up over devices in every chunk, 16 GiB of a model of 1.5 billion, and
+    in every chunk the devices asked each other whether any wants it."""
+    config = ModelConfig("qwen2", vocab, 64, 1, 4, 2, 16, 64, dtype=dtype)
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(0.1 * rng.normal(size=(64, vocab)), jnp.float32)
+    params = {"lm_head": {"kernel": kernel}}
+    packed = as_packed(jnp.asarray(rng.integers(0, VOCAB, (8, 32)), jnp.int32))
+    # Rows differ in how many chunks they have.
+    counts = np.array([0, 3, 31, 8, 1, 9, 0, 17])
+    wanted = jnp.asarray((np.arange(32) > 0) & (np.arange(32) <= counts[:, None]))
+    hidden = jnp.asarray(rng.normal(size=(8, 32, 64)), dtype)
+    inputs = (hidden, packed, wanted, jnp.asarray(rng.normal(size=(8, 32)), jnp.float32))
+    alone = values_and_gradients(config, 4)(params, *inputs)
+    mesh = make_mesh(mesh)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, parameter_shardings(params, mesh))
+        inputs = jax.device_put(inputs, batch_sharding(mesh))
+        few, many = (
+            values_and_gradients(config, chunk).lower(params, *inputs).compile()
+            for chunk in (16, 4)
+        )
+        sharded = many(params, *inputs)
+    gradient = sharded[0]["lm_head"]["kernel"]
+    assert gradient.sharding.is_equivalent_to(params["lm_head"]["kernel"].sharding, 2)
+    for one, other in zip(*map(jax.tree.leaves, (sharded, alone)), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        tolerance = 1e-5 if dtype == "float32" else 0.02 * np.abs(other).max()
+        np.testing.assert_allclose(one, other, atol=tolerance)
+    few, many = (count_collectives(compiled.as_text()) for compiled in (few, many))
+    if mesh.shape["tensor"] == 1:
+        assert few == many
+    # The matrix in float32 and, over `tensor`, one number for each place and the gradient of its
+    # hidden state.
+    share = 4 * 64 * vocab // mesh.shape["tensor"]
+    places = 32 * 8 // batch_devices(mesh)
+    assert share <= many["all-reduce"].result < share + 4 * places * (64 + 16)

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from attnrl_jax.models.transformer import forward, unembed
+from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.models.transformer import forward, init_params, unembed
 from attnrl_jax.models.weights import load_params
 from attnrl_jax.scoring import score_packed
 from attnrl_jax.sharding import (
     MeshConfig,
     batch_devices,
     batch_sharding,
+    cast_function,
+    cast_to_mesh,
     constrain,
     make_mesh,
+    make_meshes,
     parameter_shardings,
 )
 from attnrl_jax.types import PackedTokens
@@ -94,25 +98,91 @@ def test_mesh_shapes(config, shape):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "message"),
     [
-        MeshConfig(data=3),
-        MeshConfig(data=-1, fsdp=3),
-        MeshConfig(data=-1, tensor=16),
-        MeshConfig(data=-1, fsdp=-1),
-        MeshConfig(data=0),
-        MeshConfig(data=-2),
-        MeshConfig(data=4, fsdp=4),
+        (MeshConfig(data=3), "does not fit 8 devices: 3 x 1 x 1; one of them may be -1"),
+        (MeshConfig(data=-1, fsdp=3), "does not fit 8 devices: -1 x 3 x 1"),
+        (MeshConfig(data=-1, tensor=16), "does not fit 8 devices: -1 x 1 x 16"),
+        (MeshConfig(data=-1, fsdp=-1), "one of them may be -1 .*; got -1, -1 and 1"),
+        (MeshConfig(data=0), "must be positive.*; got 0, 1 and 1"),
+        (MeshConfig(data=-2), "must be positive.*; got -2, 1 and 1"),
+        (MeshConfig(data=4, fsdp=4), "does not fit 8 devices: 4 x 4 x 1"),
     ],
 )
-def test_mesh_errors(config):
-    with pytest.raises(ValueError, match="MeshConfig"):
+def test_mesh_errors(config, message):
+    with pytest.raises(ValueError, match=message):
         make_mesh(config)
 
 
 def test_mesh_of_given_devices():
     mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
     assert tuple(mesh.shape.values()) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampling"),
+    [
+        (MeshConfig(data=2, fsdp=4), (8, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (4, 1, 2)),
+        (MeshConfig(data=1, fsdp=8, sampling_tensor=2), (4, 1, 2)),
+        (MeshConfig(fsdp=2, sampling_devices=4), (4, 1, 1)),
+        (MeshConfig(fsdp=4, sampling_devices=4, sampling_tensor=2), (2, 1, 2)),
+        (MeshConfig(fsdp=2, sampling_devices=2, sampling_tensor=2), (1, 1, 2)),
+    ],
+)
+def test_sampling_has_a_layout_of_its_own(golden_model, config, sampling):
+    """Parameters arrive cast, cut as the table says for that mesh, on its devices alone; in
+    whatever order the runtime lists them (by coordinates, on a slice)."""
+    devices = [jax.devices()[k] for k in (0, 1, 3, 2, 6, 7, 5, 4)]
+    mesh, sampling_mesh = make_meshes(config, devices)
+    assert tuple(sampling_mesh.shape.values()) == sampling
+    shared = set(mesh.devices.flat) & set(sampling_mesh.devices.flat)
+    assert len(shared) == (0 if config.sampling_devices else 8)
+    params = golden_model("qwen2_untied").params
+    there = jax.device_put(params, parameter_shardings(params, mesh))
+    cast = cast_to_mesh(there, "bfloat16", sampling_mesh)
+    for ours, wanted, original in zip(
+        *map(jax.tree.leaves, (cast, parameter_shardings(params, sampling_mesh), params)),
+        strict=True,
+    ):
+        assert ours.dtype == jnp.bfloat16
+        assert ours.sharding.is_equivalent_to(wanted, ours.ndim)
+        np.testing.assert_array_equal(ours, original.astype(jnp.bfloat16))
+
+
+def test_parameters_arrive_layer_by_layer():
+    """Besides its shares before and after, a device holds what is cast and one layer's parameters,
+    not those of every layer a second time."""
+    mesh, sampling_mesh = make_meshes(MeshConfig(fsdp=8))
+    temporaries = []
+    for layers in (2, 6):
+        model = ModelConfig("qwen2", 64, 64, layers, 4, 2, 16, 256)
+        shapes = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0)))
+        there = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes, parameter_shardings(shapes, mesh),
+        )  # fmt: skip
+        target = parameter_shardings(shapes, sampling_mesh)
+        with jax.set_mesh(mesh):
+            compiled = cast_function(there, "bfloat16", target).lower(there).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    kernels = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256
+    each = (temporaries[1] - temporaries[0]) / 4
+    # A CPU moves bfloat16 as float32. Norms are held whole.
+    assert each < 1.1 * 4 * (kernels / 8 + 2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(sampling_devices=8), "must leave devices to update with: 8 of the 8"),
+        (MeshConfig(sampling_tensor=3), "8 sampling devices are no multiple of 3"),
+        (MeshConfig(sampling_devices=3, sampling_tensor=2), "3 sampling devices are no multiple"),
+    ],
+)
+def test_sampling_mesh_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_meshes(config)
 
 
 def test_constrain_without_mesh_is_nothing():

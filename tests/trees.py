@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
-from attnrl_jax.packing import row_paths
-from attnrl_jax.training.rollout import empty_rollouts, response_tokens
-from attnrl_jax.types import Rollouts, TrainRows
+from attnrl_jax.packing import Layout, place_paths, row_paths
+from attnrl_jax.training.leaves import empty_rollouts
+from attnrl_jax.types import Paths, Rollouts, TrainRows
 
 PROMPT = 6
+
+
+def own_tokens(rows: Rollouts) -> Bool[np.ndarray, "row time"]:
+    """Tokens a row sampled itself: the response, without what it shares with its root."""
+    index = np.arange(rows.tokens.shape[1])[None, :]
+    start = (rows.prompt_length + rows.split)[:, None]
+    return (index >= start) & (index < rows.length[:, None])
+
+
+def response_tokens(rows: Rollouts) -> Bool[np.ndarray, "row time"]:
+    """Tokens of the response, shared prefixes included."""
+    index = np.arange(rows.tokens.shape[1])[None, :]
+    return (index >= rows.prompt_length[:, None]) & (index < rows.length[:, None])
+
+
+def pack_paths(paths: Paths, capacity: int, share: bool) -> Layout:
+    """All tokens of `place_paths`; arguments and errors as there."""
+    placement = place_paths(paths, capacity, share)
+    return placement.lay_out(np.arange(len(placement.used)))[1]
 
 
 def random_rollouts(

@@ -280,6 +280,8 @@ def group_layers(params: Any, groups: int) -> Any:
     layers = jax.tree.leaves(params["layers"])[0].shape[0]
     if layers % groups:
         raise ValueError(f"{layers} layers are no multiple of {groups} groups")
+    if groups == 1:
+        return {**params, "layers": (params["layers"],)}
     size = layers // groups
     parts = tuple(
         jax.tree.map(lambda x, g=g: x[g * size : (g + 1) * size], params["layers"])

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from attnrl_jax import processes
 from attnrl_jax.models.config import ModelConfig, ModelError, config_to_hf
 
 SINGLE_FILE = "model.safetensors"
@@ -148,7 +148,7 @@ def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None) 
         else:
             array = _oriented(read(entry.name, entry.shape), entry)
         sharding = None if shardings is None else _get(shardings, entry.path)
-        _set(params, entry.path, jax.device_put(array, sharding))
+        _set(params, entry.path, processes.to_devices(array, sharding))
     # Tied checkpoints may repeat the embedding as lm_head.
     extra = {
         name

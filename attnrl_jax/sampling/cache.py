@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import KeyValues
-from attnrl_jax.sharding import CACHE_SPEC, constrain
+from attnrl_jax.sharding import CACHE_SPEC, batch_devices, constrain, fit_spec
 
 Cache = tuple[KeyValues, ...]
 
@@ -55,8 +56,19 @@ def append_token(cache: Cache, token: Cache, positions: Int[Array, "slot"]) -> C
 
 
 def append_in_loop(cache: KeyValues, token: KeyValues, positions: Int[Array, "slot"]) -> KeyValues:
-    """`append_token` of one group, slot by slot."""
+    """`append_token` of one group, slot by slot; every device its own slots."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _append_slots(cache, token, positions)
+    # By hand: for a loop over slots that lie on several devices the compiler sends every slot's
+    # token to all of them.
+    cut = _cut(cache, mesh)
+    return jax.shard_map(
+        _append_slots, in_specs=(cut, cut, PartitionSpec(cut[1])), out_specs=cut, check_vma=False
+    )(cache, token, positions)
 
+
+def _append_slots(cache: KeyValues, token: KeyValues, positions: Int[Array, "slot"]) -> KeyValues:
     def one_slot(slot: Array, cache: KeyValues) -> KeyValues:
         new = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1), token)
         time = positions[slot]
@@ -67,6 +79,11 @@ def append_in_loop(cache: KeyValues, token: KeyValues, positions: Int[Array, "sl
         )
 
     return jax.lax.fori_loop(0, positions.shape[0], one_slot, cache)
+
+
+def _cut(cache: KeyValues, mesh: AbstractMesh) -> PartitionSpec:
+    """How slots and heads lie on the devices of a mesh; the same for keys and values."""
+    return fit_spec(CACHE_SPEC, cache.keys.shape, mesh.shape)
 
 
 def append_scattered(
@@ -127,12 +144,55 @@ def fork_rows(
 def fork_in_loop(
     cache: KeyValues, prefix: KeyValues, rows: Int[Array, "fork"], slots: Int[Array, "fork"]
 ) -> KeyValues:
-    """`fork_rows` to one group, copy by copy."""
+    """`fork_rows` to one group, copy by copy; every device into its own slots.
+
+    A row may be asked for on any device. Where rows are cut over devices, all rows of one layer
+    are gathered on each of them at a time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _copy_rows(cache, prefix, rows, slots)
+    cut, prefix_cut = _cut(cache, mesh), _cut(prefix, mesh)
+
+    def on_device(cache: KeyValues, prefix: KeyValues, rows: Array, slots: Array) -> KeyValues:
+        layers, count = cache.keys.shape[:2]
+        if cut[1] is not None:
+            # Slots of others are out of range.
+            own = jax.lax.axis_index(cut[1]) == slots // count
+            slots = jnp.where(own, slots % count, count)
+        if prefix_cut[1] is None or batch_devices(mesh) == 1:
+            return _copy_rows(cache, prefix, rows, slots)
+
+        def one_layer(layer: Array, cache: KeyValues) -> KeyValues:
+            def whole(x: Array) -> Array:
+                x = jax.lax.dynamic_slice_in_dim(x, layer, 1, axis=0)
+                return jax.lax.all_gather(x, prefix_cut[1], axis=1, tiled=True)
+
+            return _copy_rows(cache, jax.tree.map(whole, prefix), rows, slots, layer)
+
+        return jax.lax.fori_loop(0, layers, one_layer, cache)
+
+    return jax.shard_map(
+        on_device,
+        in_specs=(cut, prefix_cut, PartitionSpec(), PartitionSpec()),
+        out_specs=cut,
+        check_vma=False,
+    )(cache, prefix, rows, slots)
+
+
+def _copy_rows(
+    cache: KeyValues,
+    prefix: KeyValues,
+    rows: Int[Array, "fork"],
+    slots: Int[Array, "fork"],
+    layer: Int[Array, ""] | int = 0,
+) -> KeyValues:
+    """Copies rows to slots, those of the layers of `prefix` to `layer` and the following."""
 
     def one_copy(fork: Array, cache: KeyValues) -> KeyValues:
         def write(target: Array, source: Array) -> Array:
             row = jax.lax.dynamic_slice_in_dim(source, rows[fork], 1, axis=1)
-            return jax.lax.dynamic_update_slice(target, row, (0, slots[fork], 0, 0, 0))
+            return jax.lax.dynamic_update_slice(target, row, (layer, slots[fork], 0, 0, 0))
 
         is_slot = slots[fork] < cache.keys.shape[1]
         return jax.lax.cond(is_slot, lambda c: jax.tree.map(write, c, prefix), lambda c: c, cache)

@@ -108,7 +108,6 @@ def cast_params(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-@partial(jax.jit, static_argnames=("dtype", "groups"))
 def decode_params(params: Any, dtype: str, groups: int = 1) -> Any:
     """Parameters as `generate` takes them, made once per call of the sampler.
 
@@ -116,7 +115,17 @@ def decode_params(params: Any, dtype: str, groups: int = 1) -> Any:
       params: parameters; `prefill` takes these.
       dtype: of the computation.
       groups: of layers, as the cache has.
+
+    Returns:
+      the same arrays where they are in one group and of that dtype, copies otherwise.
     """
+    if groups == 1 and all(x.dtype == dtype for x in jax.tree.leaves(params)):
+        return group_layers(params, 1)
+    return _grouped(params, dtype, groups)
+
+
+@partial(jax.jit, static_argnames=("dtype", "groups"))
+def _grouped(params: Any, dtype: str, groups: int) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), group_layers(params, groups))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,10 @@ class Request:
     first_sample: int = 0
 
 
+@functools.lru_cache
 def request_key(seed: int | tuple[int, ...]) -> np.ndarray:
-    """Raw threefry key of a request, uint32 `[2]`; a sample's is `fold_in(key, index)`."""
+    """Raw threefry key of a request, uint32 `[2]`; a sample's is `fold_in(key, index)`. Not to be
+    written to: requests of several samples ask again."""
     seeds = seed if isinstance(seed, tuple) else (seed,)
     # With its length in front, since the hash takes (7,) and (7, 0) for equal.
     return np.random.SeedSequence((len(seeds), *seeds)).generate_state(2)

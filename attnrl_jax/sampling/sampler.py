@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
+from attnrl_jax import processes
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import KeyValues
 from attnrl_jax.sampling.engine import (
@@ -26,6 +29,7 @@ from attnrl_jax.sampling.engine import (
 from attnrl_jax.sampling.prefixes import ORDERS, Group, Sample, share_prefixes
 from attnrl_jax.sampling.requests import Request, check_requests, request_key
 from attnrl_jax.shapes import bucket_length, few_lengths
+from attnrl_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def sample(
     config: SamplerConfig,
     progress: Progress | None = None,
     on_response: OnResponse | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[list[list[Response]], SampleStats]:
     """Samples every request, on the mesh that is set, or on one device.
 
@@ -156,6 +161,7 @@ def sample(
       progress: called with (responses finished, responses in all).
       on_response: called with every response once, soon after it is finished and while the devices
         decode the others; those that need no decoding come first.
+      meanwhile: called whenever the devices have been given work, before they are waited for.
 
     Returns:
       for each request its responses, in order; and what the call cost.
@@ -194,28 +200,29 @@ def sample(
     blocks = _prefilled(params, model, groups, prefill_rows, config.length_bucket, length, stats)
     state = empty_state(model, slots, length, layers)
     running: list[Sample | None] = [None] * slots
+    busy = np.zeros(slots, bool)
     block = next(blocks)
     waiting, finished = total, 0
     news: list[Sample] = []
     while finished < total:
-        free = [slot for slot, running_sample in enumerate(running) if running_sample is None]
         # Device by device, so that long samples, which follow each other, do not share one.
-        free.sort(key=lambda slot: (slot % (slots // devices), slot))
+        idle = np.flatnonzero(~busy)
+        free = deque(idle[np.argsort(idle % (slots // devices), kind="stable")].tolist())
         while free and waiting:
             if not block.waiting:
                 block = next(blocks)
             taken = min(len(free), refill_rows, len(block.waiting))
-            places = [(free.pop(0), *block.waiting.popleft()) for _ in range(taken)]
+            places = [(free.popleft(), *block.waiting.popleft()) for _ in range(taken)]
             admissions = _admissions(places, requests, refill_rows, slots)
             state = insert(state, block.key_values, block.tokens, admissions)
             for slot, _, entered in places:
-                running[slot] = entered
+                running[slot], busy[slot] = entered, True
             waiting -= taken
         if waiting:
             patience = min(refill_rows, waiting)
         else:
             state, running, patience = _narrowed(state, running, devices, least_slots)
-        active = [slot for slot, running_sample in enumerate(running) if running_sample]
+            busy = np.array([sampled is not None for sampled in running])
         state, steps = generate(
             decoding,
             model,
@@ -228,14 +235,22 @@ def sample(
         )
         # The devices are at work now: time for the caller's own.
         _report(news, responses, on_response)
-        still_active, lengths, steps = jax.device_get((state.active, state.length, steps))
+        if meanwhile is not None:
+            meanwhile()
+        still_active, lengths, ended, steps = processes.to_host(
+            (state.active, state.length, state.ended, steps)
+        )
         stats.dispatches += 1
         stats.decode_steps += int(steps)
         stats.slot_steps += int(steps) * len(running)
-        done = [slot for slot in active if not still_active[slot]]
+        done = np.flatnonzero(busy & ~still_active).tolist()
+        busy &= still_active
         news = [sampled for slot in done if (sampled := running[slot])]
         if done:
-            _collect(state, lengths, done, running, requests, responses, stats)
+            _collect(state, lengths, ended, done, refill_rows, running, requests, responses)
+            stats.useful_tokens += sum(
+                len(responses[sampled.request][sampled.index].tokens) for sampled in news
+            )
             finished += len(done)
             if progress is not None:
                 progress(finished, total)
@@ -339,23 +354,36 @@ def _admissions(
 def _collect(
     state: DecodeState,
     lengths: np.ndarray,
+    ended: np.ndarray,
     done: list[int],
+    at_once: int,
     running: list[Sample | None],
     requests: Sequence[Request],
     responses: list[list[Response]],
-    stats: SampleStats,
 ) -> None:
-    """Takes finished responses out of their slots."""
-    tokens, logprobs, ended = jax.device_get((state.tokens, state.logprobs, state.ended))
-    for slot in done:
-        finished = running[slot]
-        assert finished is not None
-        running[slot] = None
-        part = slice(len(requests[finished.request].prefix), int(lengths[slot]))
-        responses[finished.request][finished.index] = Response(
-            tokens[slot, part].copy(), logprobs[slot, part].copy(), bool(ended[slot])
-        )
-        stats.useful_tokens += part.stop - part.start
+    """Takes finished responses out of their slots, `at_once` at a time, or a quarter of that: each
+    number is a program of its own."""
+    few = -(-at_once // 4)
+    at_once = few if len(done) <= few else at_once
+    for first in range(0, len(done), at_once):
+        part = done[first : first + at_once]
+        slots = np.array(part + part[:1] * (at_once - len(part)), np.int32)
+        tokens, logprobs = processes.to_host(take_slots(state, slots))
+        for row, slot in enumerate(part):
+            finished = running[slot]
+            assert finished is not None
+            running[slot] = None
+            own = slice(len(requests[finished.request].prefix), int(lengths[slot]))
+            responses[finished.request][finished.index] = Response(
+                tokens[row, own].copy(), logprobs[row, own].copy(), bool(ended[slot])
+            )
+
+
+@jax.jit
+def take_slots(state: DecodeState, slots: Int[np.ndarray, "taken"]) -> list[jax.Array]:
+    """Tokens and log-probabilities of some slots, whole on every device."""
+    whole = (state.tokens, state.logprobs)
+    return [constrain(jnp.take(x, slots, axis=0), None, None) for x in whole]
 
 
 def _batch_devices() -> int:

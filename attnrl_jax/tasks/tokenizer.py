@@ -72,15 +72,20 @@ class Tokenizer:
 
         Ids that the model has and the tokenizer has not (padding of the embedding) are left out.
         """
-        kept = [int(token) for token in ids if int(token) not in self.end_ids]
+        tokens = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+        size = 256 if self.backend is None else self._backend_size
+        kept = tokens[(tokens < size) & ~np.isin(tokens, self.end_ids)].tolist()
         if self.backend is None:
-            return bytes(token for token in kept if token < 256).decode("utf-8", "replace")
-        size = len(self.backend)
+            return bytes(kept).decode("utf-8", "replace")
+        if hasattr(self.backend, "backend_tokenizer"):  # without checks of every id in Python
+            return self.backend.backend_tokenizer.decode(kept, skip_special_tokens=False)
         return self.backend.decode(
-            [token for token in kept if token < size],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+    @cached_property
+    def _backend_size(self) -> int:
+        return len(self.backend)
 
     @property
     def has_chat_template(self) -> bool:

@@ -10,13 +10,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from attnrl_jax.training.loop import LoopState
-from attnrl_jax.training.rollout import empty_rollouts
-from attnrl_jax.training.state import TrainState
-from attnrl_jax.types import Rollouts
+from attnrl_jax.training.leaves import from_arrays, to_arrays
+from attnrl_jax.training.state import LoopState, TrainState
 
-# What of a run's state is plain numbers.
-COUNTERS = {f.name for f in fields(LoopState)} - {"train", "batch"}
+# What of a run's state is rows, and what is plain numbers.
+ROWS = ("batch", "continued", "following")
+COUNTERS = {f.name for f in fields(LoopState)} - {"train", *ROWS}
 
 
 class CheckpointError(ValueError):
@@ -46,14 +45,20 @@ class Checkpointer:
     def save(self, state: LoopState) -> None:
         """Writes the state of a run after `state.step`; returns once it is on disk."""
         counters = {f.name: getattr(state, f.name) for f in fields(state) if f.name in COUNTERS}
-        # Orbax refuses an empty tree, and an on-policy run has no batch in flight.
-        rows = state.batch if state.batch is not None else empty_rollouts(1, 1)
+        held = {name: getattr(state, name) for name in ROWS}
+        in_flight = [name for name in ROWS if held[name] is not None]
+        # Orbax refuses an empty tree, and an on-policy run has no rows in flight. It refuses empty
+        # arrays too.
+        rows: dict[str, Any] = {
+            name: {field: x for field, x in to_arrays(held[name]).items() if x.size}
+            for name in in_flight
+        }
         self._manager.save(
             state.step,
             args=ocp.args.Composite(
                 train=ocp.args.StandardSave(state.train),
-                batch=ocp.args.StandardSave({f.name: getattr(rows, f.name) for f in fields(rows)}),
-                loop=ocp.args.JsonSave(counters | {"batch_in_flight": state.batch is not None}),
+                rows=ocp.args.StandardSave(rows or {"none": np.zeros(1)}),
+                loop=ocp.args.JsonSave(counters | {"in_flight": in_flight}),
             ),
             force=True,
         )
@@ -87,14 +92,16 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     train=ocp.args.StandardRestore(abstract),
                     # Rows differ in number from step to step: shapes come from the checkpoint.
-                    batch=ocp.args.StandardRestore(),
+                    rows=ocp.args.StandardRestore(),
                     loop=ocp.args.JsonRestore(),
                 ),
             )
             counters = restored["loop"]
-            rows = Rollouts(**{name: np.array(x) for name, x in restored["batch"].items()})
-            in_flight = counters.pop("batch_in_flight")
-            return LoopState(train=restored["train"], batch=rows if in_flight else None, **counters)
+            rows: dict[str, Any] = dict.fromkeys(ROWS)
+            for name in counters.pop("in_flight"):
+                arrays = {field: np.array(x) for field, x in restored["rows"][name].items()}
+                rows[name] = from_arrays(arrays)
+            return LoopState(train=restored["train"], **rows, **counters)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise CheckpointError(
                 f"checkpoint {self._manager.directory / str(step)} cannot be read: {error}"

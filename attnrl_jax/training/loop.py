@@ -10,6 +10,12 @@
         build the trees of b_t: values, advantages; filter
         update θ_{t-1} -> θ_t on what is left
 
+Some of that generation can go on beside the update, on devices of its own (`overlap`):
+
+    initial   the initial responses of b_{t+1}. No token is older than above.
+    all       the continuations of b_{t+1} and the initial responses of b_{t+2}: those of b_t were
+              sampled in the step before. Everything is one step older than above.
+
 The on-policy schedule draws b_t, and samples its initial responses and then its continuations,
 all with θ_{t-1}: two rounds of generation per step.
 """
@@ -17,76 +23,32 @@ all with θ_{t-1}: two rounds of generation per step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
-from flax import struct
 
-from attnrl_jax.algorithms.adaptive import CumulativeMean, next_batch_size, problems_with_signal
-from attnrl_jax.algorithms.advantages import (
-    group_advantages,
-    row_is_kept,
-    segment_advantages,
-    token_advantages,
-)
-from attnrl_jax.branching.tree import PathSegments, path_segments
+from attnrl_jax import processes
+from attnrl_jax.algorithms.adaptive import CumulativeMean, next_batch_size
+from attnrl_jax.branching.tree import PathSegments
 from attnrl_jax.evaluation import evaluation_request
-from attnrl_jax.packing import take_rows
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training import rollout
+from attnrl_jax.training.beside import PartByPart
+from attnrl_jax.training.leaves import join_leaves, lay_out
 from attnrl_jax.training.metrics import sampling_metrics
-from attnrl_jax.training.stages import (
-    Group,
-    Setup,
-    Stopwatch,
-    generate,
-    initial_batch,
-    layout,
-    score,
-    train_rows,
-)
-from attnrl_jax.training.state import TrainConfig, TrainState
-from attnrl_jax.training.step import update
-from attnrl_jax.types import Rollouts
+from attnrl_jax.training.rollout import Advantages, train_rows, tree_advantages
+from attnrl_jax.training.rounds import Branching, Group, generate, policy_of, start_round
+from attnrl_jax.training.setup import Setup, Stopwatch, layout
+from attnrl_jax.training.state import LoopState, TrainConfig, TrainState
+from attnrl_jax.training.step import launch_update
+from attnrl_jax.types import Leaves, Rollouts
 
-
-@struct.dataclass
-class LoopState:
-    """All that a run is made of between two steps; what a checkpoint holds.
-
-    Attributes:
-      train: parameters and optimizer.
-      step: training steps done.
-      batch: initial responses of the next step's problems, scored and judged (None until the
-        first step of the on-policy schedule).
-      batch_start, batch_count: where in the stream these problems begin, and how many they are.
-      next_start, next_count: the same of the batch after it.
-      cursor: where the next draw begins.
-      batch_size: problems of the last draw.
-      surviving_rows: rows that the last step trained on; 0 leaves the batch size as it is.
-      easy_mean, easy_count: cumulative mean of the attention level of easy problems.
-      sampled_tokens, trained_tokens, skipped_steps, skipped_prompts, lost_answers: totals.
-    """
-
-    train: TrainState
-    step: int
-    batch: Rollouts | None
-    batch_start: int
-    batch_count: int
-    next_start: int
-    next_count: int
-    cursor: int
-    batch_size: int
-    surviving_rows: int
-    easy_mean: float
-    easy_count: int
-    sampled_tokens: int
-    trained_tokens: int
-    skipped_steps: int
-    skipped_prompts: int
-    lost_answers: int
+# What processes must have in common to build the same trees and to pack the same sequences.
+AGREED = ("prompt_length", "length", "problem", "root", "split", "ended", "reward", "num_ranges")
 
 
 @dataclass(frozen=True)
@@ -95,40 +57,66 @@ class StepReport:
 
     Attributes:
       metrics: name to number; names and units are listed in the README.
-      rows: every leaf of the step's trees, with rewards.
+      leaves: of the step's trees, with rewards.
       segments: their paths and values.
-      advantages: of every token of `rows`, before filtering.
+      leaf_advantages: of `leaves`, before filtering.
       problems: of the step's batch.
       trained: which rows were trained on.
+      spans: name, begin and end of every stage, in seconds of one clock.
+      lay_out: makes `[row, time]` arrays of some rows.
     """
 
     metrics: dict[str, float]
-    rows: Rollouts
+    leaves: Leaves
     segments: PathSegments
-    advantages: np.ndarray
+    leaf_advantages: Advantages
     problems: list[Problem]
     trained: np.ndarray
+    spans: list[tuple[str, float, float]]
+    lay_out: Callable[[np.ndarray], Rollouts]
+
+    @functools.cached_property
+    def rows(self) -> Rollouts:
+        """All leaves, laid out; as large as they are many."""
+        return self.lay_out(np.arange(len(self.leaves.length)))
+
+    @functools.cached_property
+    def advantages(self) -> np.ndarray:
+        """Of every token of `rows`."""
+        every = np.arange(len(self.leaves.length))
+        return self.leaf_advantages.lay_out(self.leaves, every, self.rows.tokens.shape[1])
 
 
 def start(setup: Setup, train: TrainState) -> LoopState:
     """State before the first step: warm-up of the pipeline with θ_0."""
     state = LoopState(
-        train=train, step=0, batch=None, batch_start=0, batch_count=0, next_start=0, next_count=0,
-        cursor=0, batch_size=setup.config.num_problems, surviving_rows=0, easy_mean=0.0,
-        easy_count=0, sampled_tokens=0, trained_tokens=0, skipped_steps=0, skipped_prompts=0,
-        lost_answers=0,
+        train=train, step=0, batch=None, continued=None, following=None, batch_start=0,
+        batch_count=0, next_start=0, next_count=0, cursor=0,
+        batch_size=setup.config.num_problems, surviving_rows=0, easy_mean=0.0, easy_count=0,
+        sampled_tokens=0, trained_tokens=0, skipped_steps=0, skipped_prompts=0, lost_answers=0,
     )  # fmt: skip
     if setup.config.schedule == "on_policy":
         return state
     watch = Stopwatch(setup.on_stage)
     state = _advance(_advance(state, setup), setup)
-    problems = _problems_at(state.batch_start, state.batch_count, setup)
-    params = state.train.params
-    [sampled], tokens = generate(params, setup, [_initial_group(problems, setup, 1)], watch)
-    initial = initial_batch(params, setup, sampled, 0, watch)()
+    policy = policy_of(state.train.params, setup, 0)
+    first = _problems_at(state.batch_start, state.batch_count, setup)
+    warm_up = start_round(policy, setup, None, _initial_group(first, setup, 1), watch)
+    batch, tokens = warm_up.initial(), warm_up.tokens
+    continued = following = None
+    if setup.config.overlap == "all":
+        assert batch is not None
+        plan, _ = _plan(batch, setup, state.easy, _branch_noise(setup.config, 1))
+        second = _problems_at(state.next_start, state.next_count, setup)
+        ahead = start_round(
+            policy, setup, Branching(batch, plan, first, 1), _initial_group(second, setup, 2), watch
+        )
+        continued, following = ahead.continuations(), ahead.initial()
+        tokens += ahead.tokens
     return dataclasses.replace(
-        state, batch=initial, sampled_tokens=tokens, lost_answers=watch.lost_answers
-    )
+        state, batch=batch, continued=continued, following=following, sampled_tokens=tokens,
+        lost_answers=watch.lost_answers,
+    )  # fmt: skip
 
 
 def finished(state: LoopState, config: TrainConfig) -> bool:
@@ -150,17 +138,12 @@ def train_steps(state: LoopState, setup: Setup) -> Iterator[tuple[LoopState, Ste
 
 def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     """One step of the loop above."""
-    config, task = setup.config, setup.task
-    step = state.step + 1
-    version = state.step
-    params = state.train.params
-    off_policy = config.schedule == "off_policy"
+    config, step = setup.config, state.step + 1
     watch = Stopwatch(setup.on_stage)
     begin = time.perf_counter()
-    rng = np.random.default_rng([config.seed, rollout.BRANCHES, step])
     sampled_tokens = 0
-
-    # Draw, and on-policy sample the initial responses at once.
+    with watch.stage("reshard"):
+        policy = policy_of(state.train.params, setup, state.step)
     if state.step > 0 and state.surviving_rows > 0:
         size = next_batch_size(
             state.batch_size,
@@ -170,121 +153,135 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
             config.batch_size,
         )
         state = dataclasses.replace(state, batch_size=size)
-    if off_policy:
-        problems = _problems_at(state.batch_start, state.batch_count, setup)
-        initial = state.batch
-        next_problems = _problems_at(state.next_start, state.next_count, setup)
-        state = _advance(state, setup)
-        next_group = _initial_group(next_problems, setup, step + 1)
-    else:
+
+    # The step's problems and their initial responses, which on-policy are sampled at once.
+    if config.schedule == "on_policy":
         state = _advance(state, setup)
         problems = _problems_at(state.next_start, state.next_count, setup)
-        group = _initial_group(problems, setup, step)
-        [first], sampled_tokens = generate(params, setup, [group], watch)
-        initial = initial_batch(params, setup, first, version, watch)()
-        next_group = Group([], [], [])
+        first = start_round(policy, setup, None, _initial_group(problems, setup, step), watch)
+        initial, sampled_tokens = first.initial(), first.tokens
+        upcoming, next_group = [], None
+    else:
+        problems = _problems_at(state.batch_start, state.batch_count, setup)
+        initial = state.batch
+        state = _advance(state, setup)
+        upcoming = _problems_at(state.batch_start, state.batch_count, setup)
+        next_group = _initial_group(upcoming, setup, step + 1)
     assert initial is not None
-
-    # Choose branch positions, then one joint round of generation.
     with watch.stage("branch"):
-        plan, easy_mean = rollout.plan_branches(
-            initial, config, task.tokenizer.separators(),
-            CumulativeMean(state.easy_mean, state.easy_count), rng,
-        )  # fmt: skip
-        branches = plan.list()
-        branch_group = Group(
-            rollout.continuation_requests(initial, branches, config, version),
-            [problems[initial.problem[row]].answers for row, _ in branches],
-            rollout.judged_from(initial, branches, config),
-        )
-    (continued, next_sampled), tokens = generate(params, setup, [branch_group, next_group], watch)
-    sampled_tokens += tokens
+        rng = _branch_noise(config, step)
+        plan, easy_mean = _plan(initial, setup, state.easy, rng)
+    state = dataclasses.replace(state, easy_mean=easy_mean.mean, easy_count=easy_mean.count)
 
-    # Score what was sampled. Everything is started before anything is waited for, so that the
-    # devices score the initial responses while the host builds the trees.
-    rows = initial
-    next_batch = None
-    if branches:
-        continuations = rollout.continuation_rows(
-            initial, branches, continued.responses, task.tokenizer.separators(), version
-        )
-        continuations = dataclasses.replace(continuations, reward=continued.rewards)
-        scored = score(params, setup, continuations, initial=False, with_fci=False, watch=watch)
-    if off_policy:
-        scored_next = initial_batch(params, setup, next_sampled, version, watch)
-    if branches:
-        rows = rollout.join_rows(initial, scored())
-
-    # Trees, advantages, filters.
+    # What the trees need; without an overlap the initial responses of the next step too, which
+    # the devices score while the host builds the trees.
+    continued, ahead = state.continued, None
+    if config.overlap != "all":
+        group = next_group if config.overlap == "none" else None
+        branching = Branching(initial, plan, problems, step)
+        ahead = start_round(policy, setup, branching, group, watch)
+        continued = ahead.continuations()
+        sampled_tokens += ahead.tokens
+    leaves = initial if continued is None else join_leaves(initial, continued)
     with watch.stage("tree"):
-        segments, advantages, trained = tree_advantages(rows, plan.dropped, config)
+        segments, advantages, trained = tree_advantages(leaves, plan.dropped, config)
         if config.permute_advantages and trained.any():
-            kept = take_rows(rows, trained)
-            advantages = advantages.copy()
-            advantages[trained] = rollout.permute_across_problems(advantages[trained], kept, rng)
-    if off_policy:
-        next_batch = scored_next()
+            advantages = rollout.permute_across_problems(advantages, leaves.problem, trained, rng)
+    decided = [getattr(leaves, name) for name in AGREED]
+    processes.check_agreement(f"the rows of step {step}", (decided, advantages.value, trained))
+    if config.overlap == "none" and ahead is not None:
+        ahead.initial()
 
-    # Update.
-    metrics = sampling_metrics(rows, plan, trained, advantages)
-    train = state.train
-    trained_tokens = 0
-    if trained.any():
-        with watch.stage("update"):
-            trained_tokens = int((rows.length - rows.prompt_length)[trained].sum())
-            train, losses = update(
-                state.train, setup.model, config, train_rows(rows, advantages, trained),
-                np.random.default_rng([config.seed, rollout.UPDATE, step]), setup.reference,
-                **layout(setup.mesh),
-            )  # fmt: skip
-            metrics |= {f"update/{name}": value for name, value in losses.items()}
+    # What is sampled ahead is chosen before the update begins: processes that exchange something
+    # must meet for it in one order.
+    branched, group = None, next_group
+    if config.overlap == "all":
+        assert state.following is not None
+        later, _ = _plan(state.following, setup, easy_mean, _branch_noise(config, step + 1))
+        branched = Branching(state.following, later, upcoming, step + 1)
+        after = _problems_at(state.next_start, state.next_count, setup)
+        group = _initial_group(after, setup, step + 2)
+
+    # Update; beside it, with an overlap, what is sampled ahead.
+    metrics = sampling_metrics(leaves, plan, trained, advantages, state.step)
+    parts = _update(state.train, setup, leaves, advantages, trained, step)
+    pending = PartByPart(parts, setup.mesh, watch, "update")
+    elsewhere = policy.on_sampling_devices() if setup.is_split else policy
+    # Without an overlap the update has the memory of the copy that sampled.
+    del policy
+    if config.overlap == "none":
+        del elsewhere
+    else:
+        meanwhile = pending.advance if setup.is_split else None
+        ahead = start_round(elsewhere, setup, branched, group, watch, meanwhile)
+        sampled_tokens += ahead.tokens
+    train, losses = pending.result()
+    trained_tokens = int((leaves.length - leaves.prompt_length)[trained].sum())
+    assert ahead is not None
+    if config.overlap == "all":
+        batch, continued, following = state.following, ahead.continuations(), ahead.initial()
+    else:
+        batch, continued, following = ahead.initial(), None, None
+
     survivors = int(trained.sum())
     state = dataclasses.replace(
         state,
         train=train,
         step=step,
-        batch=next_batch,
+        batch=batch,
+        continued=continued,
+        following=following,
         surviving_rows=survivors,
-        easy_mean=easy_mean.mean,
-        easy_count=easy_mean.count,
         sampled_tokens=state.sampled_tokens + sampled_tokens,
         trained_tokens=state.trained_tokens + trained_tokens,
         skipped_steps=state.skipped_steps + (survivors == 0),
         lost_answers=state.lost_answers + watch.lost_answers,
     )
+    metrics |= {f"update/{name}": value for name, value in losses().items()}
     metrics |= _closing_metrics(state, watch, sampled_tokens, trained_tokens, survivors)
     total = time.perf_counter() - begin
-    seconds = watch.seconds | {"other": total - sum(watch.seconds.values()), "step": total}
+    overlapped = sum(watch.seconds.values()) - watch.busy()
+    seconds = watch.seconds | {
+        "overlapped": overlapped,
+        "other": total - watch.busy(),
+        "step": total,
+    }
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
-    return state, StepReport(metrics, rows, segments, advantages, problems, trained)
-
-
-def tree_advantages(
-    rows: Rollouts, dropped: np.ndarray, config: TrainConfig
-) -> tuple[PathSegments, np.ndarray, np.ndarray]:
-    """Values and advantages of the step's trees, and which rows are trained on.
-
-    Args:
-      rows: all leaves, initial responses first.
-      dropped: problems left out as easy.
-      config: of training.
-
-    Returns:
-      paths with values; advantages `[row, time]`; whether each row is trained on: its problem was
-      not dropped, the row is kept, and the kept rows of its problem differ in reward.
-    """
-    segments = path_segments(
-        rows.problem, rows.root, rows.split, rows.length - rows.prompt_length, rows.reward,
-        max_segments=config.branching.num_positions + 1,
+    report = StepReport(
+        metrics, leaves, segments, advantages, problems, trained, watch.spans,
+        lambda rows: lay_out(leaves, rows, config.width, setup.task.tokenizer.separators()),
     )  # fmt: skip
-    if config.branching.rule == "none":
-        by_segment = group_advantages(rows.reward, rows.problem)[:, None]
-    else:
-        by_segment = segment_advantages(segments, config.advantage_norm)
-    advantages = token_advantages(segments, by_segment, rows.prompt_length, rows.tokens.shape[1])
-    kept = row_is_kept(segments, config.keep_unbranched or config.branching.rule == "none")
-    trained = problems_with_signal(rows.problem, rows.reward, kept & ~dropped[rows.problem])
-    return segments, np.asarray(advantages, np.float32), np.asarray(trained)
+    return state, report
+
+
+def _plan(
+    initial: Leaves, setup: Setup, easy: CumulativeMean, rng: np.random.Generator
+) -> tuple[rollout.BranchPlan, CumulativeMean]:
+    separators = setup.task.tokenizer.separators()
+    return rollout.plan_branches(initial, setup.config, separators, easy, rng)
+
+
+def _branch_noise(config: TrainConfig, step: int) -> np.random.Generator:
+    return np.random.default_rng([config.seed, rollout.BRANCHES, step])
+
+
+def _update(
+    train: TrainState,
+    setup: Setup,
+    leaves: Leaves,
+    advantages: Advantages,
+    trained: np.ndarray,
+    step: int,
+) -> Generator[jax.Array, None, tuple[TrainState, Callable[[], dict[str, float]]]]:
+    """`launch_update` of the rows that are trained on."""
+    if not trained.any():
+        return train, dict
+    noise = np.random.default_rng([setup.config.seed, rollout.UPDATE, step])
+    rows = train_rows(leaves, advantages, trained, setup.config.width)
+    launched = yield from launch_update(
+        train, setup.model, setup.config, rows, noise, setup.reference, **layout(setup.mesh)
+    )
+    return launched
 
 
 def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
@@ -316,9 +313,10 @@ def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
         [len(request.prefix) for request in requests],
     )
     watch = Stopwatch(lambda stage: setup.on_stage("evaluate"))
-    [sampled], tokens = generate(state.train.params, setup, [group], watch)
+    policy = policy_of(state.train.params, setup, state.step)
+    [sampled], tokens = generate(policy, setup, [group], watch)
     return {
-        "held_out/accuracy": float(np.mean(sampled.rewards)),
+        "held_out/accuracy": float(np.mean(sampled.rewards())),
         "held_out/problems": len(problems),
         "held_out/response_length": tokens / len(problems),
         "held_out/judge_lost": watch.lost_answers,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
-from attnrl_jax.training.rollout import BranchPlan, own_tokens, response_tokens
-from attnrl_jax.types import Rollouts
+from attnrl_jax.training.rollout import Advantages, BranchPlan
+from attnrl_jax.types import Leaves
 
 
 def sampling_metrics(
-    rows: Rollouts,
+    rows: Leaves,
     plan: BranchPlan,
     trained: Bool[np.ndarray, "row"],
-    advantages: Float[np.ndarray, "row time"],
+    advantages: Advantages,
+    version: int,
 ) -> dict[str, float]:
     """What a step's rows look like before the update; names and units are listed in the README.
 
@@ -21,22 +22,33 @@ def sampling_metrics(
       rows: every leaf of the step's trees.
       plan: where the initial responses branched.
       trained: which rows are trained on.
-      advantages: of every token of `rows`, before filtering.
+      advantages: of `rows`, before filtering.
+      version: of the parameters that the update changes.
     """
     initial = rows.root == np.arange(len(rows.root))
-    response = response_tokens(rows)
-    own = own_tokens(rows)
-    lengths = (rows.length - rows.prompt_length)[initial]
+    response = rows.length - rows.prompt_length
+    segments = advantages.segments
     # What is exactly 0 in the equation is not always in float32.
-    signal = (np.abs(advantages) > 1e-6) & response
+    number = np.arange(advantages.value.shape[1])
+    signal = np.abs(advantages.value) > 1e-6
+    signal &= segments.valid[:, number] & (
+        segments.start[:, number] < np.minimum(segments.end[:, number], response[:, None])
+    )
+    # Own tokens are of the row's version, those before of its root's.
+    age = version - np.stack([rows.version, rows.version[rows.root]])[:, trained]
+    tokens = np.stack([rows.own_length, rows.split])[:, trained]
+    stale = age[tokens > 0]
+    entropy = np.concatenate(rows.entropy)
     positions = len(plan.list())
     allowed = int(plan.expanded.sum()) * plan.positions.valid.shape[1]
     return {
         "train/accuracy": float(rows.reward[initial].mean()),
         "train/leaf_accuracy": float(rows.reward.mean()),
-        "train/entropy": float(rows.entropy[own].mean()) if own.any() else 0.0,
-        "train/response_length": float(lengths.mean()),
+        "train/entropy": float(entropy.mean()) if len(entropy) else 0.0,
+        "train/response_length": float(response[initial].mean()),
         "train/truncated": float(1.0 - rows.ended[initial].mean()),
+        "train/staleness": float((age * tokens).sum() / tokens.sum()) if stale.size else 0.0,
+        "train/staleness_max": int(stale.max(initial=0)),
         "problems/drawn": int(rows.problem.max()) + 1,
         "problems/kept": len(np.unique(rows.problem[trained])),
         "problems/dropped_easy": int(plan.dropped.sum()),

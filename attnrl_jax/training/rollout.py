@@ -1,21 +1,38 @@
-"""From problems to requests, and from sampled responses to rows. Host code on numpy arrays."""
+"""From problems to requests, from responses to rows, from rows to advantages. Host code (numpy)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Bool
+from flax import struct
+from jaxtyping import Bool, Float, Int
 
-from attnrl_jax.algorithms.adaptive import CumulativeMean, attention_level, select_expanded
+from attnrl_jax import processes
+from attnrl_jax.algorithms.adaptive import (
+    CumulativeMean,
+    attention_level,
+    problems_with_signal,
+    select_expanded,
+)
+from attnrl_jax.algorithms.advantages import (
+    group_advantages,
+    row_is_kept,
+    segment_advantages,
+    token_advantages,
+)
 from attnrl_jax.branching.importance import mask_candidates
 from attnrl_jax.branching.selection import BranchPositions, branch_positions
-from attnrl_jax.branching.steps import Separators, count_steps, end_of_thinking, segment_steps
-from attnrl_jax.sampling.sampler import Request, Response
+from attnrl_jax.branching.steps import Separators, count_steps, end_of_thinking
+from attnrl_jax.branching.tree import PathSegments, path_segments
+from attnrl_jax.packing import row_paths, take_rows
+from attnrl_jax.sampling.sampler import Request
+from attnrl_jax.training.leaves import lay_out, lay_out_column
 from attnrl_jax.training.state import TrainConfig
-from attnrl_jax.types import Rollouts
+from attnrl_jax.types import LazyRows, Leaves, TrainRows
 
 # What a stream of random numbers is for; part of every seed. Number 4 is evaluation's
 # (`attnrl_jax.evaluation.EVALUATION`).
@@ -49,64 +66,6 @@ def initial_requests(
     ]
 
 
-def empty_rollouts(rows: int, time: int) -> Rollouts:
-    """Rows with nothing in them: 0 everywhere, -1 where a number would name something."""
-    whole = (rows, time)
-    return Rollouts(
-        tokens=np.zeros(whole, np.int32),
-        prompt_length=np.zeros(rows, np.int32),
-        length=np.zeros(rows, np.int32),
-        problem=np.zeros(rows, np.int32),
-        root=np.arange(rows, dtype=np.int32),
-        split=np.zeros(rows, np.int32),
-        ended=np.zeros(rows, bool),
-        logprobs=np.zeros(whole, np.float32),
-        version=np.full(whole, -1, np.int32),
-        entropy=np.zeros(whole, np.float32),
-        step_ids=np.full(whole, -1, np.int32),
-        fci=np.zeros(whole, np.float32),
-        reward=np.zeros(rows, np.float32),
-    )
-
-
-def _write_response(rows: Rollouts, row: int, start: int, response: Response, version: int) -> None:
-    end = start + len(response.tokens)
-    rows.tokens[row, start:end] = response.tokens
-    rows.logprobs[row, start:end] = response.logprobs
-    rows.version[row, start:end] = version
-    rows.length[row] = end
-    rows.ended[row] = response.ended
-
-
-def initial_rows(
-    prompts: Sequence[np.ndarray],
-    samples: Sequence[Sequence[Response]],
-    separators: Separators,
-    time: int,
-    version: int,
-) -> Rollouts:
-    """Rows of initial responses, problem by problem.
-
-    Args:
-      prompts: ids of each problem's prompt.
-      samples: the responses of each problem.
-      separators: ids that end a step.
-      time: width of the rows.
-      version: number of the parameters that sampled.
-    """
-    rows = empty_rollouts(sum(map(len, samples)), time)
-    row = 0
-    for problem, (prompt, responses) in enumerate(zip(prompts, samples, strict=True)):
-        for response in responses:
-            rows.tokens[row, : len(prompt)] = prompt
-            rows.prompt_length[row] = len(prompt)
-            rows.problem[row] = problem
-            _write_response(rows, row, len(prompt), response, version)
-            row += 1
-    rows.step_ids[:] = segment_steps(rows.tokens, rows.prompt_length, rows.length, separators)
-    return rows
-
-
 @dataclass(frozen=True)
 class BranchPlan:
     """Where the initial responses of a batch branch.
@@ -138,13 +97,15 @@ class BranchPlan:
 
 
 def plan_branches(
-    initial: Rollouts,
+    initial: Leaves,
     config: TrainConfig,
     separators: Separators,
     easy_mean: CumulativeMean,
     rng: np.random.Generator,
 ) -> tuple[BranchPlan, CumulativeMean]:
     """Chooses which initial responses branch, and where.
+
+    Of several processes each looks at the responses of its share of the problems.
 
     Args:
       initial: scored and judged initial responses, the same number for every problem.
@@ -153,29 +114,39 @@ def plan_branches(
       easy_mean: state of the easy filter.
       rng: for random subsets and random positions.
     """
-    after_think = np.asarray(end_of_thinking(initial.tokens, initial.step_ids, separators))
+    num_problems = int(initial.problem.max()) + 1
+    grid = (num_problems, -1)
+    # Random positions are drawn for all responses at once.
+    shared_out = config.branching.rule != "random"
+    share = processes.share(num_problems) | (not shared_out)
+    own = np.arange(len(initial.problem)).reshape(grid)[share].reshape(-1)
+    rows = lay_out(initial, own, config.width, separators)
+    after_think = np.asarray(end_of_thinking(rows.tokens, rows.step_ids, separators))
     refused = None if config.branching.after_think else after_think
-    fci = np.asarray(mask_candidates(initial.fci, config.branching.zero_first, refused))
-    positions = branch_positions(
+    fci = np.asarray(mask_candidates(rows.fci, config.branching.zero_first, refused))
+    found = branch_positions(
         config.branching,
         fci=fci,
-        entropy=initial.entropy,
-        step_ids=initial.step_ids,
-        prompt_length=initial.prompt_length,
-        length=initial.length,
+        entropy=rows.entropy,
+        step_ids=rows.step_ids,
+        prompt_length=rows.prompt_length,
+        length=rows.length,
         first_after_think=after_think,
         rng=rng,
     )
-    num_problems = int(initial.problem.max()) + 1
-    grid = (num_problems, -1)
+    num_steps = np.asarray(count_steps(rows.step_ids))
+    responses = (int(share.sum()), len(initial.problem) // num_problems)
+    level = attention_level(fci.reshape(*responses, fci.shape[-1]), num_steps.reshape(responses))
+    found = jax.tree.map(lambda x: x.reshape(*responses, x.shape[-1]), found)
+    if shared_out:
+        found, level = processes.from_shares((found, level), num_problems)
+    positions = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), found)
     if config.branching.rule == "none":
         # Nothing branches, so nothing is expanded or judged too easy to branch.
         plan = BranchPlan(
             positions, np.zeros(len(initial.problem), bool), np.zeros(num_problems, bool)
         )
         return plan, easy_mean
-    num_steps = np.asarray(count_steps(initial.step_ids))
-    level = attention_level(fci.reshape(*grid, fci.shape[-1]), num_steps.reshape(grid))
     expansion, easy_mean = select_expanded(
         initial.reward.reshape(grid) > 0, level, easy_mean, rng, config.expansion
     )
@@ -183,7 +154,7 @@ def plan_branches(
 
 
 def continuation_requests(
-    initial: Rollouts, branches: Sequence[tuple[int, int]], config: TrainConfig, version: int
+    initial: Leaves, branches: Sequence[tuple[int, int]], config: TrainConfig, version: int
 ) -> list[Request]:
     """One request per branch position: C continuations of prompt + response[:offset].
 
@@ -193,25 +164,26 @@ def continuation_requests(
       config: of training.
       version: number of the parameters that will sample; part of the seed.
     """
-    requests = []
-    for row, offset in branches:
-        end = int(initial.prompt_length[row]) + offset
-        requests.append(
-            Request(
-                prefix=initial.tokens[row, :end],
-                num_samples=config.branching.num_continuations,
-                budget=config.response_budget - offset,
-                seed=(config.seed, CONTINUATION, version, row, offset),
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-            )
+    whole = {
+        row: np.concatenate([initial.prompts[initial.problem[row]], initial.tokens[row]])
+        for row in {row for row, _ in branches}
+    }
+    return [
+        Request(
+            prefix=whole[row][: initial.prompt_length[row] + offset],
+            num_samples=config.branching.num_continuations,
+            budget=config.response_budget - offset,
+            seed=(config.seed, CONTINUATION, version, row, offset),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
         )
-    return requests
+        for row, offset in branches
+    ]
 
 
 def judged_from(
-    initial: Rollouts, branches: Sequence[tuple[int, int]], config: TrainConfig
+    initial: Leaves, branches: Sequence[tuple[int, int]], config: TrainConfig
 ) -> list[int]:
     """Where in a continuation's prefix begins what is judged: at the response, or at the end where
     a continuation is judged on its own text (the released program)."""
@@ -219,60 +191,35 @@ def judged_from(
     return [int(initial.prompt_length[row]) + own * offset for row, offset in branches]
 
 
-def continuation_rows(
-    initial: Rollouts,
-    branches: Sequence[tuple[int, int]],
-    samples: Sequence[Sequence[Response]],
-    separators: Separators,
-    version: int,
-) -> Rollouts:
-    """Rows of whole paths (prompt, shared prefix, continuation); `root` is a row of `initial`.
+@struct.dataclass
+class Advantages:
+    """Advantages of every row's response, segment by segment.
 
-    Shared tokens keep the log-probabilities, entropies and versions of the initial response.
+    Attributes:
+      segments: of the rows; the last of a row may end behind it.
+      value: advantage of each token of a segment.
     """
-    rows = empty_rollouts(sum(map(len, samples)), initial.tokens.shape[1])
-    row = 0
-    for (root, offset), responses in zip(branches, samples, strict=True):
-        start = int(initial.prompt_length[root]) + offset
-        for response in responses:
-            for shared, source in (
-                (rows.tokens, initial.tokens),
-                (rows.logprobs, initial.logprobs),
-                (rows.version, initial.version),
-                (rows.entropy, initial.entropy),
-            ):
-                shared[row, :start] = source[root, :start]
-            rows.prompt_length[row] = initial.prompt_length[root]
-            rows.problem[row] = initial.problem[root]
-            rows.root[row] = root
-            rows.split[row] = offset
-            _write_response(rows, row, start, response, version)
-            row += 1
-    rows.step_ids[:] = segment_steps(rows.tokens, rows.prompt_length, rows.length, separators)
-    return rows
 
+    segments: PathSegments
+    value: Float[np.ndarray, "row segment"]
 
-def join_rows(initial: Rollouts, continuations: Rollouts) -> Rollouts:
-    """Initial responses first, so that `root` keeps its meaning."""
-    return jax.tree.map(lambda *parts: np.concatenate(parts), initial, continuations)
-
-
-def own_tokens(rows: Rollouts) -> Bool[np.ndarray, "row time"]:
-    """Tokens a row sampled itself: the response, without what it shares with its root."""
-    index = np.arange(rows.tokens.shape[1])[None, :]
-    start = (rows.prompt_length + rows.split)[:, None]
-    return (index >= start) & (index < rows.length[:, None])
-
-
-def response_tokens(rows: Rollouts) -> Bool[np.ndarray, "row time"]:
-    """Tokens of the response, shared prefixes included."""
-    index = np.arange(rows.tokens.shape[1])[None, :]
-    return (index >= rows.prompt_length[:, None]) & (index < rows.length[:, None])
+    def lay_out(
+        self, leaves: Leaves, rows: Int[np.ndarray, "chosen"], time: int
+    ) -> Float[np.ndarray, "chosen time"]:
+        """Of every token of some rows; 0 in prompt and padding."""
+        here, prompt_length = take_rows(self, rows), leaves.prompt_length[rows]
+        response = (leaves.length[rows] - prompt_length)[:, None]
+        segments = dataclasses.replace(here.segments, end=np.minimum(here.segments.end, response))
+        laid_out = token_advantages(segments, here.value, prompt_length, time)
+        return np.asarray(laid_out, np.float32)
 
 
 def permute_across_problems(
-    advantages: np.ndarray, rows: Rollouts, rng: np.random.Generator
-) -> np.ndarray:
+    advantages: Advantages,
+    problem: Int[np.ndarray, "row"],
+    trained: Bool[np.ndarray, "row"],
+    rng: np.random.Generator,
+) -> Advantages:
     """Gives each row the advantages of a random row of another problem, token by token.
 
     A control: the kind of advantages stays, what they say about the row's tokens is lost. A longer
@@ -280,17 +227,68 @@ def permute_across_problems(
     left to give, and the advantages are 0.
 
     Args:
-      advantages: `[row, time]`, of response tokens.
-      rows: the rows they belong to.
+      advantages: of all rows.
+      problem: of each row.
+      trained: rows that give and are given; the others keep theirs.
       rng: draws the rows.
     """
-    result = np.zeros_like(advantages)
-    for row in range(len(rows.problem)):
-        others = np.flatnonzero(rows.problem != rows.problem[row])
-        if not len(others):
-            break
-        donor = rng.choice(others)
-        start, end = int(rows.prompt_length[row]), int(rows.length[row])
-        given = advantages[donor, rows.prompt_length[donor] : rows.length[donor]]
-        result[row, start:end] = given[np.minimum(np.arange(end - start), len(given) - 1)]
-    return result
+    rows = np.flatnonzero(trained)
+    problem = problem[rows]
+    if len(np.unique(problem)) == 1:
+        value = np.where(trained[:, None], 0, advantages.value)
+        return dataclasses.replace(advantages, value=value)
+    donors = np.arange(len(trained))
+    donors[rows] = [rows[rng.choice(np.flatnonzero(problem != own))] for own in problem]
+    given = take_rows(advantages, donors)
+    number = np.arange(given.segments.valid.shape[1])
+    last = number == given.segments.valid.sum(axis=1, keepdims=True) - 1
+    end = np.where(last, np.iinfo(np.int32).max, given.segments.end)
+    return dataclasses.replace(given, segments=dataclasses.replace(given.segments, end=end))
+
+
+def tree_advantages(
+    leaves: Leaves, dropped: np.ndarray, config: TrainConfig
+) -> tuple[PathSegments, Advantages, np.ndarray]:
+    """Values and advantages of the step's trees, and which rows are trained on.
+
+    Args:
+      leaves: initial responses first.
+      dropped: problems left out as easy.
+      config: of training.
+
+    Returns:
+      paths with values; advantages; whether each row is trained on: its problem was not dropped,
+      the row is kept, and the kept rows of its problem differ in reward.
+    """
+    segments = path_segments(
+        leaves.problem, leaves.root, leaves.split, leaves.length - leaves.prompt_length,
+        leaves.reward, max_segments=config.branching.num_positions + 1,
+    )  # fmt: skip
+    if config.branching.rule == "none":
+        by_segment = np.asarray(group_advantages(leaves.reward, leaves.problem))[:, None]
+    else:
+        by_segment = np.asarray(segment_advantages(segments, config.advantage_norm))
+    kept = row_is_kept(segments, config.keep_unbranched or config.branching.rule == "none")
+    trained = problems_with_signal(leaves.problem, leaves.reward, kept & ~dropped[leaves.problem])
+    return segments, Advantages(segments, by_segment), np.asarray(trained)
+
+
+def train_rows(leaves: Leaves, advantages: Advantages, trained: np.ndarray, time: int) -> TrainRows:
+    """The rows of the update.
+
+    Args:
+      leaves: of the step, initial responses first.
+      advantages: of these.
+      trained: which rows are trained on.
+      time: width of the rows.
+    """
+    kept = np.flatnonzero(trained)
+    paths = row_paths(leaves, leaves.root == np.arange(len(leaves.root)))
+    return TrainRows(
+        tokens=LazyRows(lambda rows: lay_out_column(leaves, "tokens", kept[rows], time)),
+        paths=take_rows(paths, kept),
+        advantages=LazyRows(lambda rows: advantages.lay_out(leaves, kept[rows], time)),
+        behaviour_logprobs=LazyRows(
+            lambda rows: lay_out_column(leaves, "logprobs", kept[rows], time)
+        ),
+    )

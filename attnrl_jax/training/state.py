@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +14,18 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
+from attnrl_jax.algorithms.adaptive import (
+    AdaptiveExpansionConfig,
+    BatchSizeConfig,
+    CumulativeMean,
+)
 from attnrl_jax.algorithms.advantages import AdvantageNorm
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
 from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.shapes import bucket_length
 from attnrl_jax.sharding import parameter_shardings
+from attnrl_jax.types import Leaves
 
 # Tokens of a sequence into which several paths are packed, unless a setting says otherwise.
 LONGEST_PACKED = 16384
@@ -70,6 +76,9 @@ class TrainConfig:
       prompt_budget, response_budget: tokens (P, R); longer prompts are skipped and counted.
       temperature, top_p, top_k: of sampling.
       schedule: `off_policy` (one round of generation per step) or `on_policy` (two rounds).
+      overlap: what is sampled beside the update, on devices of its own where the mesh has some:
+        `none`, `initial` (initial responses of the next step: nothing gets older) or `all` (the
+        whole next round: everything is trained on one step later). `off_policy` only.
       behaviour: whose log-probabilities of sampled tokens count, `scorer` or `sampler`.
       judge: `full` judges prefix and continuation together, `continuation` its own text only (the
         released program).
@@ -105,6 +114,7 @@ class TrainConfig:
     top_p: float = 1.0
     top_k: int = 0
     schedule: str = "off_policy"
+    overlap: str = "none"
     behaviour: str = "scorer"
     judge: str = "full"
     keep_unbranched: bool = True
@@ -132,6 +142,7 @@ class TrainConfig:
     def __post_init__(self):
         choices = {
             "schedule": ("off_policy", "on_policy"),
+            "overlap": ("none", "initial", "all"),
             "behaviour": ("scorer", "sampler"),
             "judge": ("full", "continuation"),
             "advantage_norm": ("none", "problem_std"),
@@ -151,6 +162,8 @@ class TrainConfig:
                      "length_multiple", "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        if self.overlap != "none" and self.schedule == "on_policy":
+            raise ValueError(f"overlap {self.overlap!r} needs schedule 'off_policy'")
         if not 0 < self.temperature < math.inf:
             # At temperature 0 the policy has no log-probabilities to train.
             raise ValueError(f"temperature must be > 0 in training; got {self.temperature}")
@@ -191,6 +204,11 @@ class TrainConfig:
         permuted ones do not).
         """
         return self.packing != "rows" and self._sharing_is_exact()
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest path there can be."""
+        return self.prompt_budget + self.response_budget
 
     def packed_length(self, row_multiple: int = 1) -> int:
         """Tokens of a packed sequence, where `row_multiple` devices share the batch axis.
@@ -235,6 +253,54 @@ class TrainState:
     skipped: Int[Array, ""]
 
 
+@struct.dataclass
+class LoopState:
+    """All that a run is made of between two steps; what a checkpoint holds.
+
+    Attributes:
+      train: parameters and optimizer.
+      step: training steps done.
+      batch: initial responses of the next step's problems, scored and judged (None until the
+        first step of the on-policy schedule).
+      continued: continuations of these, likewise; None where the next step samples them itself, or
+        where nothing branched.
+      following: initial responses of the problems after those; None where a step samples them
+        later.
+      batch_start, batch_count: where in the stream these problems begin, and how many they are.
+      next_start, next_count: the same of the batch after it.
+      cursor: where the next draw begins.
+      batch_size: problems of the last draw.
+      surviving_rows: rows that the last step trained on; 0 leaves the batch size as it is.
+      easy_mean, easy_count: cumulative mean of the attention level of easy problems.
+      sampled_tokens, trained_tokens, skipped_steps, skipped_prompts, lost_answers: totals.
+    """
+
+    train: TrainState
+    step: int
+    batch: Leaves | None
+    continued: Leaves | None
+    following: Leaves | None
+    batch_start: int
+    batch_count: int
+    next_start: int
+    next_count: int
+    cursor: int
+    batch_size: int
+    surviving_rows: int
+    easy_mean: float
+    easy_count: int
+    sampled_tokens: int
+    trained_tokens: int
+    skipped_steps: int
+    skipped_prompts: int
+    lost_answers: int
+
+    @property
+    def easy(self) -> CumulativeMean:
+        """State of the easy filter."""
+        return CumulativeMean(self.easy_mean, self.easy_count)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Gradient clipping by global norm, then AdamW."""
     rate: Any = config.learning_rate
@@ -252,16 +318,33 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def init_state(params: Any, config: OptimizerConfig, mesh: Mesh | None) -> TrainState:
-    """Fresh state around given parameters, laid out on the mesh if there is one."""
-
-    def build(params):
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(params, make_optimizer(config).init(params), zero, zero)
-
+    """Fresh state with a copy of given parameters, laid out on the mesh if there is one."""
+    build = functools.partial(_build, config=config)
     if mesh is None:
         return jax.jit(build)(params)
     shardings = state_shardings(jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=shardings)(params)
+
+
+def abstract_state(params: Any, config: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and layout of `init_state` without its arrays.
+
+    Args:
+      params: arrays, or `jax.ShapeDtypeStruct`.
+      config: of the optimizer.
+      mesh: the devices.
+    """
+    state = jax.eval_shape(functools.partial(_build, config=config), params)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state, state_shardings(state, mesh),
+    )  # fmt: skip
+
+
+def _build(params: Any, config: OptimizerConfig) -> TrainState:
+    params = jax.tree.map(jnp.copy, params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, make_optimizer(config).init(params), zero, zero)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

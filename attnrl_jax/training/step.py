@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import fields
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from attnrl_jax import processes
 from attnrl_jax.algorithms.losses import (
     LossConfig,
     LossMetrics,
@@ -20,11 +22,11 @@ from attnrl_jax.algorithms.losses import (
     policy_loss,
 )
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.packing import Layout, batch_slices, pack_paths, take_rows, take_sequences
+from attnrl_jax.packing import Layout, Placement, deal_batches, place_paths, take_rows
 from attnrl_jax.scoring import packed_forward, token_logprobs
 from attnrl_jax.sharding import constrain_parameters
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, TrainState, make_optimizer
-from attnrl_jax.types import Paths, TrainBatch, TrainRows
+from attnrl_jax.types import TrainBatch, TrainRows
 
 
 def mini_batches(
@@ -37,10 +39,13 @@ def mini_batches(
       rows_per_batch: a mini-batch closes once it holds this many rows (paper: 32 n).
       rng: for the order of problems.
     """
+    order = np.argsort(problem, kind="stable")
+    numbers, first = np.unique(problem[order], return_index=True)
+    rows_of = dict(zip(numbers, np.split(order, first[1:]), strict=True))
     batches: list[np.ndarray] = []
     current: list[np.ndarray] = []
-    for chosen in rng.permutation(np.unique(problem)):
-        current.append(np.flatnonzero(problem == chosen))
+    for chosen in rng.permutation(numbers):
+        current.append(rows_of[chosen])
         if sum(map(len, current)) >= rows_per_batch:
             batches.append(np.concatenate(current))
             current = []
@@ -49,54 +54,97 @@ def mini_batches(
     return batches
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some sequences of a mini-batch.
+
+    Attributes:
+      batch: what this process makes of them: the sequences of its own devices.
+      own: which of all they are.
+      sequences: of all processes.
+      denominator: what the loss divides by.
+    """
+
+    batch: TrainBatch
+    own: np.ndarray
+    sequences: int
+    denominator: float
+
+
 def pack_rows(
-    rows: TrainRows, config: TrainConfig, row_multiple: int
-) -> tuple[Layout, list[tuple[TrainBatch, float]]]:
+    rows: TrainRows,
+    config: TrainConfig,
+    row_multiple: int,
+    chosen: np.ndarray | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> tuple[Placement, list[MicroBatch]]:
     """Packs the rows of one mini-batch into micro-batches of a few fixed shapes.
 
     Args:
-      rows: of the mini-batch.
+      rows: of the step.
       config: of training.
       row_multiple: sequences of a micro-batch are a multiple of it (devices that share the batch
         axis); missing ones are empty and weigh nothing.
+      chosen: rows of the mini-batch; all by default.
+      sharding: of a micro-batch's sequences over devices.
 
     Returns:
-      where the tokens lie; each micro-batch, with what its loss divides by.
+      where the rows lie; the micro-batches.
 
     Raises:
       ValueError: prefixes are to be shared, but rows that share a token do not agree on its
         advantage or its log-probability.
     """
-    paths, loss = rows.paths, config.loss
-    capacity = config.packed_length(row_multiple)
-    layout = pack_paths(paths, capacity, config.shares_prefixes)
-    index = np.arange(rows.tokens.shape[1])[None, :]
-    mask = (index >= paths.prompt_length[:, None]) & (index < paths.length[:, None])
+    chosen = np.arange(len(rows.paths.length)) if chosen is None else chosen
+    paths, loss = take_rows(rows.paths, chosen), config.loss
+    placement = place_paths(paths, config.packed_length(row_multiple), config.shares_prefixes)
+    batches = deal_batches(placement, config.micro_batch_tokens, row_multiple)
+    own = [processes.own_rows(len(batch), sharding) for batch in batches]
+    here, layout = placement.lay_out(
+        np.concatenate([batch[k] for batch, k in zip(batches, own, strict=True)])
+    )
+    tokens, advantages, behaviour = (
+        x[chosen[here]] for x in (rows.tokens, rows.advantages, rows.behaviour_logprobs)
+    )
+    prompt_length, length = paths.prompt_length[here, None], paths.length[here, None]
+    index = np.arange(tokens.shape[1])[None, :]
+    mask = (index >= prompt_length) & (index < length)
     if config.shares_prefixes:
-        _check_agreement(layout, paths, mask, "advantages", rows.advantages)
-        _check_agreement(layout, paths, mask, "behaviour_logprobs", rows.behaviour_logprobs)
+        for name, x in (("advantages", advantages), ("behaviour_logprobs", behaviour)):
+            _check_agreement(layout, chosen[here], prompt_length[:, 0], mask, name, x)
     weights = np.asarray(aggregation_weights(mask.astype(np.float32), loss.aggregation))
     count = layout.count.astype(np.float32)
     whole = TrainBatch(
-        packed=layout.packed_tokens(rows.tokens),
+        packed=layout.packed_tokens(tokens),
         mask=layout.gather(mask) * count,
         weights=layout.gather(weights) * count,
-        advantages=layout.gather(rows.advantages),
-        behaviour_logprobs=layout.gather(rows.behaviour_logprobs),
+        advantages=layout.gather(advantages),
+        behaviour_logprobs=layout.gather(behaviour),
     )
-    trained = mask.any(axis=1)
-    size = (float(mask.sum()), int(trained.sum()))
-    batches = []
-    for part in batch_slices(len(layout.row), capacity, config.micro_batch_tokens, row_multiple):
-        batch = take_sequences(whole, part)
-        members = np.unique(layout.row[part[0]][batch.mask[: part[0].stop - part[0].start] > 0])
-        own = (float(batch.mask.sum()), len(members))
-        batches.append((batch, loss_denominator(loss, size, own, config.mini_batch_rows)))
-    return layout, batches
+    # Of each sequence, response tokens of its rows, and the rows that have some.
+    response = paths.length - paths.prompt_length
+    sequence, _ = placement.own_places()
+    tokens_in = np.bincount(sequence, response, len(placement.used))
+    rows_in = np.bincount(sequence, response > 0, len(placement.used))
+    size = (float(response.sum()), int((response > 0).sum()))
+    micro, begin = [], 0
+    for batch, places in zip(batches, own, strict=True):
+        part = slice(begin, begin + len(places))
+        begin = part.stop
+        there = batch[batch >= 0]
+        members = (float(tokens_in[there].sum()), int(rows_in[there].sum()))
+        denominator = loss_denominator(loss, size, members, config.mini_batch_rows)
+        micro.append(MicroBatch(take_rows(whole, part), places, len(batch), denominator))
+    return placement, micro
 
 
 def _check_agreement(
-    layout: Layout, paths: Paths, mask: np.ndarray, name: str, x: np.ndarray
+    layout: Layout,
+    rows: np.ndarray,
+    prompt_length: np.ndarray,
+    mask: np.ndarray,
+    name: str,
+    x: np.ndarray,
 ) -> None:
     """Rows that share a token must agree on what is said of it."""
     laid_out = layout.spread(layout.gather(x), x.shape[1])
@@ -106,7 +154,7 @@ def _check_agreement(
     if differs.any():
         row, index = (int(k[0]) for k in np.nonzero(differs))
         raise ValueError(
-            f"{name} of row {row}, response token {index - paths.prompt_length[row]}: "
+            f"{name} of row {rows[row]}, response token {index - prompt_length[row]}: "
             f"{x[row, index]}, but {laid_out[row, index]} in a row that shares the token. "
             "Rows that disagree need packing='rows'"
         )
@@ -187,7 +235,18 @@ def apply_gradients(
     return state, norm
 
 
-def update(
+def update(*args: Any, **kwargs: Any) -> tuple[TrainState, dict[str, float]]:
+    """`launch_update`, all of it at once, and what it comes to."""
+    parts = launch_update(*args, **kwargs)
+    while True:
+        try:
+            next(parts)
+        except StopIteration as launched:
+            state, metrics = launched.value
+            return state, metrics()
+
+
+def launch_update(
     state: TrainState,
     model: ModelConfig,
     config: TrainConfig,
@@ -196,11 +255,10 @@ def update(
     reference: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     row_multiple: int = 1,
-) -> tuple[TrainState, dict[str, float]]:
-    """All optimizer updates of one training step.
+) -> Generator[jax.Array, None, tuple[TrainState, Callable[[], dict[str, float]]]]:
+    """All optimizer updates of one training step, launched a micro-batch at a time.
 
-    Nothing waits for the device before the last update: while it computes one mini-batch, the next
-    one is packed.
+    Nothing here waits for the devices: while they compute one mini-batch, the next one is packed.
 
     Args:
       state: before; donated.
@@ -212,28 +270,35 @@ def update(
       sharding: of a micro-batch's sequences over devices.
       row_multiple: sequences of a micro-batch are a multiple of it.
 
+    Yields:
+      after every launch a number that is there once the devices are done with it.
+
     Returns:
-      the state after, and metrics averaged over the updates that were applied.
+      the state after, and a function that waits for metrics averaged over the updates that were
+      applied.
     """
     collected: list[dict[str, Any]] = []
     places = tokens = 0
     for chosen in mini_batches(rows.paths.problem, config.mini_batch_rows, rng):
-        batch = take_rows(rows, chosen)
-        layout, micro_batches = pack_rows(batch, config, row_multiple)
-        tokens += int((layout.row >= 0).sum())
+        placement, micro_batches = pack_rows(rows, config, row_multiple, chosen, sharding)
+        tokens += int(placement.used.sum())
         accumulated = no_gradients(state.params)
-        for micro, denominator in micro_batches:
-            places += micro.mask.size
-            micro = jax.device_put(micro, sharding)
+        for packed in micro_batches:
+            places += packed.sequences * placement.capacity
+            micro = processes.rows_to_devices(packed.batch, packed.own, packed.sequences, sharding)
             logprobs = None
             if config.loss.kl_beta > 0:
                 logprobs = reference_logprobs(reference, model, micro, config.temperature)
             accumulated = accumulate(
                 accumulated, state.params, model, config.loss, micro, logprobs,
-                np.float32(denominator), config.temperature,
+                np.float32(packed.denominator), config.temperature,
             )  # fmt: skip
+            # The sums are given to the next accumulation.
+            yield jnp.copy(accumulated[1].tokens)
         gradients, sums = accumulated
         state, norm = apply_gradients(state, gradients, config.optimizer)
+        # Before the next mini-batch has its own.
+        del gradients, accumulated
         collected.append(
             {
                 "gradient_norm": norm,
@@ -242,15 +307,20 @@ def update(
             }
             | sums.per_token()
         )
-    # Updates that were skipped have nothing finite to say.
-    applied = [m for m in jax.device_get(collected) if np.isfinite(m["gradient_norm"])]
-    names = collected[0] if applied else ()
-    averaged = {name: float(np.mean([m[name] for m in applied])) for name in names}
-    return state, averaged | {
-        "updates": len(applied),
-        "padding": 1 - tokens / max(places, 1),
-        "sharing": float(rows.paths.length.sum()) / max(tokens, 1),
-    }
+        yield norm
+
+    def metrics() -> dict[str, float]:
+        # Updates that were skipped have nothing finite to say.
+        applied = [m for m in jax.device_get(collected) if np.isfinite(m["gradient_norm"])]
+        names = collected[0] if applied else ()
+        averaged = {name: float(np.mean([m[name] for m in applied])) for name in names}
+        return averaged | {
+            "updates": len(applied),
+            "padding": 1 - tokens / max(places, 1),
+            "sharing": float(rows.paths.length.sum()) / max(tokens, 1),
+        }
+
+    return state, metrics
 
 
 @jax.jit

@@ -185,7 +185,7 @@ def update_memory(
     """What XLA allots for the programs of an update, and what lies on the device beside them."""
     state = jax.eval_shape(lambda state: state, state)
     gradients = jax.eval_shape(no_gradients, state.params)
-    micro = pack_rows(batch, train, 1)[1][0][0]
+    micro = pack_rows(batch, train, 1)[1][0].batch
     gradient = accumulate.lower(
         gradients, state.params, config, train.loss, micro, None, np.float32(1), train.temperature
     ).compile()

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnrl_jax.sharding import make_mesh
-from attnrl_jax.training.loop import LoopState, start, train_step
-from attnrl_jax.training.stages import Setup
-from attnrl_jax.training.state import TrainConfig, init_state
+from attnrl_jax.training.loop import start, train_step
+from attnrl_jax.training.setup import Setup
+from attnrl_jax.training.state import LoopState, TrainConfig, init_state
 from experiments.bench.harness import Contender, Context, Fact, Measured, Part, Ratio, Runs, Table
 from experiments.configs import attnrl_graph
 from experiments.settings import Settings, build
@@ -32,7 +32,7 @@ STEPS = 2
 STAGES = ("generate", "judge", "score", "update")
 SECONDS = "seconds/"
 # The loop's own names for what is no stage.
-NO_STAGES = ("other", "step")
+NO_STAGES = ("other", "overlapped", "step")
 MOST_OTHER = 0.05
 SCHEDULES = {"one step off-policy": "off_policy", "two rounds on-policy": "on_policy"}
 

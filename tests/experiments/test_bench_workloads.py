@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attnrl_jax.packing import pack_paths
 from experiments.bench.branches import EARLY, THIRDS, branched_rows, distinct_tokens, sharing
 from experiments.bench.model import COMMON, num_parameters, random_params
 from experiments.bench.ours import StaticBatches
@@ -21,6 +20,7 @@ from experiments.bench.workloads import (
     workload_b,
     workload_c,
 )
+from tests.trees import pack_paths
 
 
 def test_lognormal_lengths_have_median_spread_and_cut():

@@ -25,7 +25,7 @@ from attnrl_jax.tasks.problems import DataError, Problem
 from attnrl_jax.tasks.prompts import PromptConfig, build_prompt
 from attnrl_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 from attnrl_jax.training import loop
-from attnrl_jax.training.stages import Setup, Task
+from attnrl_jax.training.setup import Setup, Task
 from attnrl_jax.training.state import OptimizerConfig, TrainConfig, init_state
 from experiments.benchmarks import BENCHMARKS, Benchmark, load_problems, prepare
 from experiments.evaluate import evaluate, main, make_parser, read_mesh

@@ -20,9 +20,8 @@ from safetensors import safe_open
 from attnrl_jax.models.config import ModelError
 from attnrl_jax.models.weights import SINGLE_FILE, load_params, save_folder
 from attnrl_jax.tasks.tokenizer import load_tokenizer
-from attnrl_jax.training.checkpoint import Checkpointer, CheckpointError
-from attnrl_jax.training.loop import LoopState
-from attnrl_jax.training.state import OptimizerConfig, init_state
+from attnrl_jax.training.checkpoint import ROWS, Checkpointer, CheckpointError
+from attnrl_jax.training.state import LoopState, OptimizerConfig, init_state
 from experiments.configs import attnrl_graph
 from experiments.export import ExportError, command, export
 from experiments.tasks import shipped_policy
@@ -67,7 +66,8 @@ def fake_run(folder, golden, params, step=0):
     zeros = {f.name: 0 for f in dataclasses.fields(LoopState)}
     train = init_state(jax.tree.map(np.array, params), OptimizerConfig(), None)
     checkpointer = Checkpointer(folder / "checkpoints")
-    checkpointer.save(LoopState(**zeros | {"train": train, "batch": None, "step": step}))
+    rows = dict.fromkeys(ROWS)
+    checkpointer.save(LoopState(**zeros | rows | {"train": train, "step": step}))
     checkpointer.close()
     (folder / "config.json").write_text(json.dumps({"model": {"path": str(golden.folder)}}))
     return folder

@@ -19,7 +19,7 @@ from attnrl_jax.tasks.problems import DataError
 from attnrl_jax.training.checkpoint import CheckpointError
 from experiments.configs import attnrl_graph, attnrl_hf
 from experiments.folders import FolderError
-from experiments.reporting import Terminal, read_metrics
+from experiments.reporting import Terminal, draw_timeline, read_metrics
 from experiments.run import claimed_run, result_line, run
 from experiments.settings import SettingError, default_config
 
@@ -92,8 +92,8 @@ def test_metrics_are_those_of_the_readme(finished):
     assert written - seconds == documented - {"seconds/*"}
     assert seconds <= {
         f"seconds/{s}"
-        for s in ("generate", "score", "judge", "branch", "tree", "update", "other", "evaluate",
-                  "step", "warm_up")
+        for s in ("reshard", "generate", "score", "judge", "branch", "tree", "update", "overlapped",
+                  "other", "evaluate", "step", "warm_up")
     }  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(finished[0], folder)
     newest = folder / "checkpoints" / "3"
-    shutil.rmtree(newest / "batch")
+    shutil.rmtree(newest / "rows")
     config = small(attnrl_graph.get_config(), steps=4)
     with pytest.raises(CheckpointError, match=re.escape(str(newest))):
         execute(config, folder)
@@ -348,3 +348,14 @@ def test_help_explains():
     assert "python -m experiments.run" in done.stdout
     assert "--workdir" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_timeline_of_a_step():
+    """Two stages side by side, one that comes twice, one too short for a column."""
+    spans = [("update", 104.0, 108.0), ("generate", 100.0, 106.0), ("score", 106.0, 106.001)]
+    drawn = draw_timeline([*spans, ("generate", 109.0, 110.0)], width=10)
+    assert drawn.splitlines() == [
+        " generate    7.00 s |######   #|",
+        "   update    4.00 s |    ####  |",
+        "    score    0.00 s |      #   |",
+    ]

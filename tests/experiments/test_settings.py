@@ -68,6 +68,7 @@ def changed(path, value):
     [
         ("method", "ppo", "method must be one of attnrl"),
         ("branching.rules", "fci", "unknown setting branching.rules; known:.*rule"),
+        ("mesh.sampling_devices", 2, "mesh.sampling_devices needs overlap"),
         ("learning_rate", 1.0, "unknown setting learning_rate; known:.*optimizer"),
         ("branching.rule", "attention", "branching: .*rule='attention'"),
         ("branching.rule", "none", "branching.rule is 'none', but method attnrl has entropy or"),

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from attnrl_jax.compilation.counts import Collectives, bytes_per_device, count_collectives
 from attnrl_jax.models.transformer import KeyValues, decode, forward, group_layers, unembed
 from attnrl_jax.sampling.cache import (
     append_in_loop,
     append_scattered,
     append_token,
+    constrain_cache,
     empty_cache,
     fork_in_loop,
     fork_rows,
@@ -32,6 +35,7 @@ from attnrl_jax.sampling.engine import (
     truncate_logits,
 )
 from attnrl_jax.shapes import bucket_length
+from attnrl_jax.sharding import CACHE_SPEC, MeshConfig, batch_devices, fit_spec, make_mesh
 
 
 @pytest.mark.parametrize(("length", "wanted"), [(0, 64), (1, 64), (64, 64), (65, 128)])
@@ -76,6 +80,65 @@ def test_cache_writes():
         appended = append(cache, key_values(token), jnp.array([5, 0, 3]))
         np.testing.assert_array_equal(appended.keys, -wanted.swapaxes(3, 4))
         np.testing.assert_array_equal(appended.values, wanted)
+
+
+def on_mesh(function, mesh, *arrays):
+    """What a function returns under a mesh, laid out as in the sampler, and its collectives."""
+    with jax.set_mesh(mesh):
+        specs = [CACHE_SPEC if isinstance(x, KeyValues) else PartitionSpec() for x in arrays]
+        arrays = [
+            jax.tree.map(lambda x, s=spec: jax.device_put(x, fitted(s, x, mesh)), array)
+            for array, spec in zip(arrays, specs, strict=True)
+        ]
+        jitted = jax.jit(lambda *arrays: constrain_cache((function(*arrays),))[0])
+        compiled = jitted.lower(*arrays).compile()
+        return compiled(*arrays), count_collectives(compiled.as_text())
+
+
+def fitted(spec, x, mesh):
+    return NamedSharding(mesh, fit_spec(spec, x.shape, mesh.shape))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "heads"),
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, 2),
+        # Heads, and in the second case rows, are not cut.
+        (MeshConfig(data=4, tensor=2), 4, 1),
+        (MeshConfig(data=8), 6, 2),
+    ],
+    ids=["all", "rows", "slots"],
+)
+def test_every_device_writes_its_own_slots(mesh, rows, heads):
+    """The loops of a TPU, cut over devices. A bug: tokens were sent to all devices slot by slot,
+    and the whole cache copy by copy."""
+    mesh = make_mesh(mesh)
+    rng = np.random.default_rng(0)
+    cache, prefix, token = (
+        key_values(jnp.asarray(rng.normal(size=(3, count, heads, time, 4)), jnp.float32))
+        for count, time in ((16, 6), (rows, 5), (16, 1))
+    )
+    positions = jnp.asarray(rng.integers(0, 6, 16))
+    found, sent = on_mesh(append_in_loop, mesh, cache, token, positions)
+    wanted = append_scattered(cache, token, positions)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert not sent
+
+    # Into both ends of a device's slots, from its own rows and from others; one goes nowhere.
+    chosen = jnp.array([rows - 1, 0, 2, 0, 1, 3])
+    slots = jnp.array([0, 15, 7, 16, 8, 3])
+    found, sent = on_mesh(fork_in_loop, mesh, cache, prefix, chosen, slots)
+    wanted = fork_scattered(cache, prefix, chosen, slots)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    gathered = sent.pop("all-gather", Collectives())
+    assert not sent
+    if rows % batch_devices(mesh):
+        assert not gathered.count
+    else:
+        # Keys and values of all prefixes once, a layer at a time; of the heads, those that lie on
+        # the device.
+        share = bytes_per_device(prefix) // (mesh.shape["tensor"] if heads > 1 else 1)
+        assert (gathered.count, gathered.result) == (2 * 3, share)
 
 
 def test_narrowing_keeps_slots_on_their_device(golden_model):

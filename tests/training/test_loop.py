@@ -11,17 +11,18 @@ import pytest
 from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.branching.tree import PathSegments
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.scoring import score
 from attnrl_jax.tasks.problems import Problem
+from attnrl_jax.training.leaves import empty_rollouts
 from attnrl_jax.training.loop import evaluate
 from attnrl_jax.training.rollout import (
-    empty_rollouts,
-    own_tokens,
+    Advantages,
     permute_across_problems,
-    response_tokens,
 )
 from tests.training.tiny import ChecksumJudge, ConstantJudge, fresh_state, run_steps, tiny_setup
+from tests.trees import own_tokens, response_tokens
 
 
 @pytest.fixture(scope="module")
@@ -196,16 +197,30 @@ def test_other_methods_run_through_the_same_loop(golden, rule):
 
 
 def test_permuted_advantages_come_from_other_problems():
-    """Also where one problem has most of the rows."""
-    rows = empty_rollouts(7, 6)
-    rows.problem[:] = [0, 0, 0, 0, 0, 1, 1]
-    rows.prompt_length[:], rows.length[:] = 2, [4, 5, 6, 4, 5, 6, 3]
+    """Also where one problem has most of the rows. Tokens of a problem's rows are worth 10 times
+    its number, and one more each; those that are not trained keep them, and give none."""
+    rows = empty_rollouts(8, 9)
+    rows.problem[:] = [0, 0, 0, 0, 0, 1, 1, 2]
+    rows.prompt_length[:], rows.length[:] = 2, [4, 5, 6, 4, 9, 6, 5, 4]
+    response = rows.length - rows.prompt_length
+    # Two segments of each row: its first two tokens, and the others.
+    start, end = np.stack([response * 0, response * 0 + 2]), np.stack([response * 0 + 2, response])
+    segments = PathSegments(start.T, end.T, *[None] * 3, (end > start).T, None, None)
+    value = 10.0 * rows.problem[:, None] + np.arange(2)
+    advantages = Advantages(segments, value.astype(np.float32))
+    trained = rows.problem < 2
+    given = permute_across_problems(advantages, rows.problem, trained, np.random.default_rng(0))
+    laid_out = given.lay_out(rows, np.arange(8), 9)
+    offset = np.arange(9) - rows.prompt_length[:, None]
     inside = response_tokens(rows)
-    advantages = np.where(inside, 1.0 + rows.problem[:, None], 0.0)
-    given = permute_across_problems(advantages, rows, np.random.default_rng(0))
-    np.testing.assert_array_equal(given, np.where(inside, 2.0 - rows.problem[:, None], 0.0))
-    rows.problem[:] = 0
-    assert not permute_across_problems(advantages, rows, np.random.default_rng(0)).any()
+    others = np.where(trained, 1 - rows.problem, 2)[:, None]
+    # Both rows of problem 1 have two segments, rows 0 and 3 of problem 0 have one.
+    assert np.all(laid_out[~inside] == 0)
+    np.testing.assert_array_equal(laid_out[inside] // 10, (others + offset * 0)[inside])
+    np.testing.assert_array_equal(laid_out[:5][inside[:5]] % 10, (offset[:5] >= 2)[inside[:5]])
+    alone = permute_across_problems(advantages, rows.problem * 0, trained, np.random.default_rng(0))
+    assert not alone.value[trained].any()
+    np.testing.assert_array_equal(alone.value[~trained], advantages.value[~trained])
 
 
 def test_the_control_trains_the_same_rows_with_other_advantages(golden):
@@ -261,9 +276,9 @@ def test_batches_draw_noise_of_their_own(golden):
     stream = ProblemStream([same], seed=0)
     setup = dataclasses.replace(setup, task=dataclasses.replace(setup.task, stream=stream))
     state = fresh_state(golden, setup)
-    first = state.batch.tokens.copy()
+    first = np.concatenate(state.batch.tokens)
     state, _, _ = run_steps(state, setup)
-    assert not np.array_equal(first, state.batch.tokens)
+    assert not np.array_equal(first, np.concatenate(state.batch.tokens))
 
 
 def test_evaluation_repeats_itself(golden):

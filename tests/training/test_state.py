@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from attnrl_jax.algorithms.losses import LossConfig
-from attnrl_jax.training.state import TrainConfig
+from attnrl_jax.sharding import MeshConfig, make_mesh
+from attnrl_jax.training.state import OptimizerConfig, TrainConfig, abstract_state, init_state
 
 BUDGETS = {"prompt_budget": 1024, "response_budget": 8192, "length_multiple": 1024}
 
@@ -66,3 +68,13 @@ def test_prefixes_are_shared_where_that_is_exact(settings, shares):
 def test_errors_name_the_setting(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+def test_a_state_without_arrays_is_laid_out_like_one_with(golden_model):
+    params, mesh = golden_model("qwen2_tied").params, make_mesh(MeshConfig(data=4, fsdp=2))
+    arrays = init_state(params, OptimizerConfig(), mesh)
+    shapes = abstract_state(jax.eval_shape(lambda: params), OptimizerConfig(), mesh)
+    assert jax.tree.structure(shapes) == jax.tree.structure(arrays)
+    for shape, array in zip(*map(jax.tree.leaves, (shapes, arrays)), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert shape.sharding.is_equivalent_to(array.sharding, array.ndim)

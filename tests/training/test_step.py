@@ -13,6 +13,7 @@ import pytest
 
 from attnrl_jax.algorithms.losses import AGGREGATIONS, LossConfig, policy_loss
 from attnrl_jax.models.transformer import forward, unembed
+from attnrl_jax.packing import deal_batches
 from attnrl_jax.sharding import (
     MeshConfig,
     batch_devices,
@@ -84,14 +85,14 @@ def gradients(golden, rows, micro_tokens, mesh=None, reference=None, **changes):
         params = jax.device_put(params, parameter_shardings(params, mesh))
         sharding, multiple = batch_sharding(mesh), batch_devices(mesh)
     total = no_gradients(params)
-    for micro, denominator in pack_rows(rows, config, multiple)[1]:
-        micro = jax.device_put(micro, sharding)
+    for packed in pack_rows(rows, config, multiple)[1]:
+        micro = jax.device_put(packed.batch, sharding)
         logprobs = None
         if reference is not None:
             logprobs = reference_logprobs(reference, golden.config, micro, 1.0)
         total = accumulate(
-            total, params, golden.config, config.loss, micro, logprobs, np.float32(denominator),
-            1.0,
+            total, params, golden.config, config.loss, micro, logprobs,
+            np.float32(packed.denominator), 1.0,
         )  # fmt: skip
     return jax.tree.map(np.array, total)
 
@@ -166,15 +167,17 @@ def test_every_mean_of_packed_rows(aggregation, mean_over):
         with pytest.raises(ValueError, match=rf"'tree' needs loss.aggregation.*'{aggregation}'"):
             small_config(**settings, packing="tree")
     config = small_config(**settings, packing="rows")
-    layout, batches = pack_rows(rows, config, 1)
+    placement, batches = pack_rows(rows, config, 1)
     assert len(batches) > 1
+    layout = placement.lay_out(np.arange(len(batches)))[1]
     packed_logprobs = layout.gather(logprobs)
     mask = mask_of(rows)
     total = expected = 0.0
-    for k, (batch, denominator) in enumerate(batches):
+    for k, micro in enumerate(batches):
+        batch = micro.batch
         part, _ = policy_loss(
             packed_logprobs[k : k + 1], batch.behaviour_logprobs, None, batch.advantages,
-            batch.mask, loss, denominator, batch.weights,
+            batch.mask, loss, micro.denominator, batch.weights,
         )  # fmt: skip
         total += part
         members = mask * np.isin(np.arange(len(mask)), layout.row[k])[:, None]
@@ -226,8 +229,8 @@ def test_gradients_are_cut_like_their_parameters(golden, rows):
         total = no_gradients(params)
         compiled = []
         config = small_config(micro_batch_tokens=32 * 4, packing="rows")
-        for micro, _ in pack_rows(rows, config, 4)[1]:
-            micro = jax.device_put(micro, batch_sharding(mesh))
+        for packed in pack_rows(rows, config, 4)[1]:
+            micro = jax.device_put(packed.batch, batch_sharding(mesh))
             total = accumulate(
                 total, params, golden.config, config.loss, micro, None, np.float32(1), 1.0
             )
@@ -273,17 +276,20 @@ def test_fewer_rows_than_devices(golden, rows):
 
 def test_micro_batches_hold_every_row_once(rows):
     config = small_config(micro_batch_tokens=32 * 5, packing="rows")
-    layout, batches = pack_rows(rows, config, 2)
-    for micro, denominator in batches:
-        assert micro.mask.shape[0] % 2 == 0
-        assert micro.mask.size <= 32 * 5
-        assert denominator == mask_of(rows).sum()
-    packed = np.concatenate([micro.packed.tokens for micro, _ in batches])
+    placement, packed = pack_rows(rows, config, 2)
+    batches = [micro.batch for micro in packed]
+    for micro, batch in zip(packed, batches, strict=True):
+        assert micro.sequences == len(batch.mask)
+        assert len(batch.mask) % 2 == 0
+        assert batch.mask.size <= 32 * 5
+        assert micro.denominator == mask_of(rows).sum()
+    sequences = np.concatenate(deal_batches(placement, 32 * 5, 2))
+    layout = placement.lay_out(sequences)[1]
     np.testing.assert_array_equal(
-        layout.spread(packed, TIME),
+        layout.spread(np.concatenate([batch.packed.tokens for batch in batches]), TIME),
         np.where(np.arange(TIME) < layout.length[:, None], rows.tokens, 0),
     )
-    assert sum(micro.mask.sum() for micro, _ in batches) == mask_of(rows).sum()
+    assert sum(batch.mask.sum() for batch in batches) == mask_of(rows).sum()
 
 
 def test_mini_batches_keep_problems_whole():

@@ -15,9 +15,9 @@ from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.tasks.judging import JudgeCounts, Verdicts
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.tasks.tokenizer import Tokenizer
-from attnrl_jax.training.loop import LoopState, StepReport, start, train_steps
-from attnrl_jax.training.stages import Setup, Task
-from attnrl_jax.training.state import OptimizerConfig, TrainConfig, init_state
+from attnrl_jax.training.loop import StepReport, start, train_steps
+from attnrl_jax.training.setup import Setup, Task
+from attnrl_jax.training.state import LoopState, OptimizerConfig, TrainConfig, init_state
 from tests.conftest import GoldenModel
 
 

@@ -1,0 +1,132 @@
+"""What a run consists of, and the watch over the stages of a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from attnrl_jax.datasets.stream import ProblemStream
+from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.sharding import batch_devices, batch_sharding
+from attnrl_jax.tasks.judging import Judge, JudgeCounts
+from attnrl_jax.tasks.problems import Problem
+from attnrl_jax.tasks.tokenizer import Tokenizer
+from attnrl_jax.training.state import TrainConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learnt.
+
+    Attributes:
+      stream: training problems.
+      held_out: problems that are only evaluated; their prompts fit the budget.
+      tokenizer: of the policy.
+      prompt: token ids of a problem's prompt.
+      judge: (response text, golds) pairs to rewards.
+    """
+
+    stream: ProblemStream
+    held_out: Sequence[Problem]
+    tokenizer: Tokenizer
+    prompt: Callable[[Problem], np.ndarray]
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same over a run: the task, the model, the settings, the devices.
+
+    Attributes:
+      task: problems and judge.
+      model: shape of the policy, in the dtype of scoring, sampling and updates.
+      config: of training.
+      mesh: devices of scoring and updates; None for the default device.
+      sampling_mesh: devices of sampling, those of `mesh` or others; None: `mesh`.
+      reference: parameters of the reference policy; None where the loss has no KL penalty.
+      on_stage: called with the name of each stage as it begins.
+    """
+
+    task: Task
+    model: ModelConfig
+    config: TrainConfig
+    mesh: Mesh | None = None
+    sampling_mesh: Mesh | None = None
+    reference: Any = None
+    on_stage: Callable[[str], None] = lambda stage: None
+
+    def __post_init__(self) -> None:
+        if self.reference is None and self.config.loss.kl_beta > 0:
+            raise ValueError(
+                f"loss.kl_beta is {self.config.loss.kl_beta}, but there is no reference policy"
+            )
+        if self.is_split and self.config.overlap == "none":
+            raise ValueError("devices that only sample (mesh.sampling_devices) need an overlap")
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some devices sample while others update."""
+        if self.mesh is None or self.sampling_mesh is None:
+            return False
+        return set(self.mesh.devices.flat).isdisjoint(self.sampling_mesh.devices.flat)
+
+
+class Stopwatch:
+    """When the stages of one step ran, and how its answers were judged.
+
+    Attributes:
+      spans: name, begin and end of every stage, seconds of `time.perf_counter`.
+      judged: of all answers of the step.
+    """
+
+    def __init__(self, on_stage: Callable[[str], None]):
+        self.spans: list[tuple[str, float, float]] = []
+        self.judged = JudgeCounts()
+        self._on_stage = on_stage
+
+    @property
+    def lost_answers(self) -> int:
+        """Answers that cost their time limit, or a worker; judged wrong."""
+        return self.judged.timeouts + self.judged.failures
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage; of two that ran at the same time both count."""
+        seconds: dict[str, float] = {}
+        for name, begin, end in self.spans:
+            seconds[name] = seconds.get(name, 0.0) + end - begin
+        return seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        end = self.begin(name, time.perf_counter())
+        yield
+        end(time.perf_counter())
+
+    def begin(self, name: str, begin: float) -> Callable[[float], None]:
+        """Begins a stage at a time of `time.perf_counter`; what is returned takes that of its
+        end."""
+        self._on_stage(name)
+        return lambda end: self.spans.append((name, begin, end))
+
+    def busy(self) -> float:
+        """Seconds in which some stage ran."""
+        total, until = 0.0, -math.inf
+        for _, begin, end in sorted(self.spans, key=lambda span: span[1]):
+            total += max(end - max(begin, until), 0.0)
+            until = max(until, end)
+        return total
+
+
+def layout(mesh: Mesh | None) -> dict[str, Any]:
+    """Sharding of a batch's rows over devices, and what their number is a multiple of."""
+    if mesh is None:
+        return {}
+    return {"sharding": batch_sharding(mesh), "row_multiple": batch_devices(mesh)}
