@@ -8,14 +8,15 @@ Command:   python -m experiments.run --config=experiments/configs/qwen3_1p7b.py 
 Hardware:  8 TPU v5e (v5litepod-8, 16 GB each) or 8 GPUs of 24 GB and more. A token takes four
            times the cache of R1-Distill-Qwen-1.5B (8 key/value heads instead of 2), hence fewer
            slots.
-Memory:    per device, of 8, in GiB, for v5e 2x4; temporaries as the TPU compiler (jax 0.10.2)
-           counted them before updates packed rows and decoding wrote its cache in place:
-           parameters and AdamW 2.40, reference 0.80; in the update also gradients 0.80 and
-           temporaries 5.36 (rows of 9,216 tokens, one a device): 9.4 in all; in sampling also a
-           bfloat16 copy 0.40, the cache of 32 slots 3.94 and temporaries 5.14: 12.7 in all.
+Memory:    per device, of 8, in GiB, as the TPU compiler counts for v5e 2x4 (of 15.75;
+           experiments/aot_results): parameters and AdamW 2.40, reference 0.80; in the update also
+           gradients 0.80 and temporaries 9.68 (rows of 9,216 tokens, one a device): 13.69 in all;
+           in sampling a bfloat16 copy 3.20 and the cache of 32 slots 3.94; at most 14.73, when
+           slots are halved.
 Time:      not measured: no such machine was at hand. Estimated for v5e at 5,000 tokens a response:
-           4.8 million sampled tokens a step, 32 in 22 ms, 55 minutes; scoring and update 5: a
-           month for 800 steps, two for grpo. More devices, and slots with them, shorten it.
+           4.8 million sampled tokens a step, 32 in 9.4 ms at the least (memory), 23 minutes;
+           scoring and update 5: 16 days for 800 steps, a month for grpo. More devices, and slots
+           with them, shorten it.
 Result:    not run here.
 """
 

@@ -6,15 +6,15 @@ Command:   python -m experiments.run --config=experiments/configs/r1_distill_qwe
            `:treerl` or `:grpo` behind the file's name for the methods it is compared with;
            `--config.model.path=DIR --config.data.train=FILE` where the hub cannot be reached.
 Hardware:  8 TPU v5e (v5litepod-8, 16 GB each) or 8 GPUs of 24 GB and more.
-Memory:    per device, of 8, in GiB, for v5e 2x4; temporaries as the TPU compiler (jax 0.10.2)
-           counted them before updates packed rows and decoding wrote its cache in place:
-           parameters and AdamW 2.48, reference 0.83; in the update also gradients 0.83 and
-           temporaries 4.24 (rows of 9,216 tokens, one a device): 8.4 in all; in sampling also a
-           bfloat16 copy 0.41, the cache of 128 slots 3.94 and temporaries 4.88: 12.5 in all.
+Memory:    per device, of 8, in GiB, as the TPU compiler counts for v5e 2x4 (of 15.75;
+           experiments/aot_results): parameters and AdamW 2.48, reference 0.83; in the update also
+           gradients 0.83 and temporaries 7.58 (rows of 9,216 tokens, one a device): 11.72 in all;
+           in sampling a bfloat16 copy 3.31 and the cache of 128 slots 3.94; at most 13.47, when
+           slots are halved.
 Time:      not measured: no such machine was at hand. Estimated for v5e at 5,000 tokens a response:
-           4.8 million sampled tokens a step, 128 in 20 ms (cut parameters are gathered for every
-           token), 12 minutes; scoring and update at 40 % of the peak rate, 4 minutes: 9 days for
-           800 steps. treerl samples 5.8 million tokens a step (11 days), grpo 9.6 (17 days).
+           4.8 million sampled tokens a step, 128 in 9.5 ms at the least (memory), 6 minutes;
+           scoring and update at 40 % of the peak rate, 4 minutes: 6 days for 800 steps. treerl
+           samples 5.8 million tokens a step (7 days), grpo 9.6 (10 days).
 Result:    not run here. The paper reports +7.5 points on average over six benchmarks.
 """
 

@@ -1,0 +1,383 @@
+"""The jitted programs of a run, to be compiled for devices that need not be there.
+
+Each stands with abstract arguments in the shapes and layouts of the run, and with what else lies on
+its devices meanwhile. They follow `training.loop.train_step`:
+
+    parameters, optimizer state, reference   always
+    sampling copy                            from the reshard to the update; through it where more
+                                             is sampled beside
+    decode state, prefixes                   while sampling
+    gradients                                in the update
+
+Of programs that come in several sizes it is the largest: full micro-batches, prefixes as long as
+the cache, slots before they are narrowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attnrl_jax import sharding
+from attnrl_jax.compilation.counts import (
+    Collectives,
+    bytes_per_device,
+    count_collectives,
+    count_flops,
+)
+from attnrl_jax.models.config import ModelConfig
+from attnrl_jax.models.transformer import init_params
+from attnrl_jax.sampling import engine
+from attnrl_jax.sampling.sampler import take_slots
+from attnrl_jax.scoring import score_packed
+from attnrl_jax.shapes import bucket_length, few_lengths
+from attnrl_jax.sharding import (
+    BATCH,
+    CACHE_SPEC,
+    batch_devices,
+    batch_sharding,
+    fit_spec,
+    parameter_shardings,
+)
+from attnrl_jax.training import step
+from attnrl_jax.training.state import TrainConfig, abstract_state
+from attnrl_jax.types import PackedTokens, TrainBatch
+
+
+@dataclass(frozen=True)
+class Program:
+    """One jitted function with abstract arguments.
+
+    Attributes:
+      name: what it does.
+      function: the jitted function.
+      arguments, options: what it is called with, by position and by name.
+      mesh: where it runs.
+      held: bytes per device of what else lies there meanwhile, by name.
+      reads_donated, writes_donated: whether it reads, and writes, all of what it is given to keep;
+        a decode state is changed in a few places.
+      unit: what one execution does.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    mesh: Mesh
+    held: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    reads_donated: bool = True
+    writes_donated: bool = True
+    unit: str = "call"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program; bytes are those of one device.
+
+    Attributes:
+      arguments: of what it reads.
+      temporaries: while it runs.
+      outputs: of its results, without those that take the place of an argument.
+      held: of what else lies on the device, arguments that it does not read included, by name.
+      flops: operations of matrix products in one execution, over all devices.
+      traffic: least bytes read from and written to memory: arguments and results, once each.
+      collectives: of one execution, by kind.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    held: dict[str, int]
+    flops: int
+    traffic: int
+    collectives: dict[str, Collectives]
+
+    @property
+    def total(self) -> int:
+        """Bytes that a device needs."""
+        return self.arguments + self.temporaries + self.outputs + sum(self.held.values())
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles a program for the devices of its mesh."""
+    with jax.set_mesh(program.mesh):
+        traced = program.function.trace(*program.arguments, **program.options)
+        compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    platform = program.mesh.devices.flat[0].platform
+    read, aliased = memory.argument_size_in_bytes, memory.alias_size_in_bytes
+    given = bytes_per_device(_arrays((program.arguments, program.options)))
+    traffic = read + memory.output_size_in_bytes
+    traffic -= aliased * (2 - program.reads_donated - program.writes_donated)
+    return Compiled(
+        arguments=read,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - aliased,
+        held=program.held | {"arguments not read": max(given - read, 0)},
+        flops=count_flops(traced.jaxpr, platform),
+        traffic=traffic,
+        collectives=count_collectives(compiled.as_text()),
+    )
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+
+def run_programs(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh, sampling_mesh: Mesh
+) -> list[Program]:
+    """Every jitted program of a training step, in order.
+
+    Args:
+      model: the policy.
+      config: of training.
+      mesh, sampling_mesh: of `sharding.make_meshes`.
+    """
+    trees = _Trees(model, config, mesh, sampling_mesh)
+    return [*_reshard(trees), *_sampling(trees), *_scoring(trees), *_update(trees)]
+
+
+class _Trees:
+    """Abstract arrays of a run: those that stay for a while by name, and batches."""
+
+    def __init__(self, model: ModelConfig, config: TrainConfig, mesh: Mesh, sampling_mesh: Mesh):
+        self.model, self.config, self.mesh, self.sampling_mesh = model, config, mesh, sampling_mesh
+        self.is_split = set(mesh.devices.flat).isdisjoint(sampling_mesh.devices.flat)
+        shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+        self.state = abstract_state(shapes, config.optimizer, mesh)
+        self.params = self.state.params
+        zeros, sums = jax.eval_shape(step.no_gradients, shapes)
+        self.gradients = (_laid_out(zeros, parameter_shardings(zeros, mesh)), sums)
+        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes)
+        self.copy = _laid_out(cast, parameter_shardings(cast, sampling_mesh))
+        self.held = {
+            "parameters": self.params,
+            "optimizer state": self.state.opt_state,
+            "sampling copy": self.copy,
+            "gradients": self.gradients,
+        }
+        if config.loss.kl_beta > 0:
+            self.held["reference"] = self.params
+        self.always = ("parameters", "optimizer state", "reference")
+
+    def bytes_of(self, mesh: Mesh, names: Sequence[str]) -> dict[str, int]:
+        """Bytes per device of what is held on the devices of a mesh."""
+        there = {name: tree for name, tree in self.held.items() if name in names}
+        return {
+            name: bytes_per_device(tree)
+            for name, tree in there.items()
+            if set(_devices(tree)) & set(mesh.devices.flat)
+        }
+
+    def rows(self, mesh: Mesh, tokens: int, dtype: Any) -> Any:
+        """`[batch, time]` of the largest batch of about so many packed tokens."""
+        devices = batch_devices(mesh)
+        length = self.config.packed_length(devices)
+        each = max(tokens // length // devices, 1)
+        return jax.ShapeDtypeStruct((each * devices, length), dtype, sharding=batch_sharding(mesh))
+
+
+def _laid_out(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def _devices(tree: Any) -> list[jax.Device]:
+    return list(jax.tree.leaves(tree)[0].sharding.mesh.devices.flat)
+
+
+def _host(*shape: int, dtype: Any = jnp.int32) -> Any:
+    """An array that comes from the host: the compiler decides where it lies."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _reshard(trees: _Trees) -> list[Program]:
+    """Parameters in the layout of sampling: `sharding.cast_to_mesh`."""
+    held = trees.bytes_of(trees.mesh, ("optimizer state", "reference"))
+    target = jax.tree.map(lambda x: x.sharding, trees.copy)
+
+    def program(name: str, params: Any, target: Any, mesh: Mesh, held: dict[str, int]) -> Program:
+        cast = sharding.cast_function(params, trees.model.dtype, target)
+        return Program(name, cast, (params,), mesh, held)
+
+    if not trees.is_split:
+        return [program("reshard", trees.params, target, trees.mesh, held)]
+    programs = [program("cast", trees.params, None, trees.mesh, held)]
+    if trees.mesh.size == trees.sampling_mesh.size:
+        # Shares arrive as they lay, on as many other devices.
+        arrived = Mesh(
+            trees.sampling_mesh.devices.reshape(trees.mesh.devices.shape),
+            trees.mesh.axis_names, axis_types=trees.mesh.axis_types,
+        )  # fmt: skip
+        shares = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, trees.model.dtype, sharding=NamedSharding(arrived, x.sharding.spec)
+            ),
+            trees.params,
+        )
+        programs.append(program("reshard", shares, target, trees.sampling_mesh, {}))
+    return programs
+
+
+def _sampling(trees: _Trees) -> list[Program]:
+    """The programs of `sampling.sampler.sample`."""
+    model, mesh = trees.model, trees.sampling_mesh
+    sampler, devices = trees.config.sampler_shapes, batch_devices(mesh)
+    assert sampler.cache_length is not None
+    length = bucket_length(sampler.cache_length, sampler.length_bucket)
+    slots = bucket_length(sampler.slots, devices)
+    layers = engine.layer_groups(model, bool(sampler.unroll))
+    part = bucket_length(-(-length // sampler.attend_parts), sampler.length_bucket)
+
+    state = jax.eval_shape(partial(engine.empty_state, model, slots, length, layers))
+    state = jax.tree.map(partial(_over_slots, mesh), state)
+    decoding = jax.eval_shape(partial(engine.decode_params, dtype=model.dtype, groups=layers),
+                              trees.copy)  # fmt: skip
+    decoding = _laid_out(decoding, parameter_shardings(decoding, mesh))
+    tokens = _host(
+        bucket_length(sampler.prefill_rows, devices),
+        min(few_lengths(length, sampler.length_bucket), length),
+    )
+    lengths = _host(tokens.shape[0])
+    prefixes = jax.eval_shape(partial(engine.prefill, config=model), trees.copy, tokens=tokens,
+                              lengths=lengths)  # fmt: skip
+    prefixes = jax.tree.map(partial(_over_slots, mesh), prefixes)
+    entering = max(1, int(sampler.refill * slots))
+    one, real = _host(entering), _host(entering, dtype=jnp.float32)
+    admissions = engine.Admissions(
+        slot=one, row=one, length=one, limit=one, seed=_host(entering, 2, dtype=jnp.uint32),
+        sample=one, temperature=real, top_p=real, top_k=one,
+    )  # fmt: skip
+    truncated = trees.config.top_p < 1 or trees.config.top_k > 0
+
+    trees.held |= {"decode state": state, "prefixes": prefixes}
+    names = (*trees.always, "sampling copy", "decode state", "prefixes")
+
+    def held(*passed: str) -> dict[str, int]:
+        return trees.bytes_of(mesh, [name for name in names if name not in passed])
+
+    programs = [
+        Program(
+            "empty decode state", engine.empty_state, (model, slots, length, layers), mesh,
+            held("decode state", "prefixes"),
+        ),
+        # The prefixes of the requests before are held until these are there.
+        Program(
+            "prefill", engine.prefill, (trees.copy, model, tokens, lengths), mesh,
+            held("sampling copy"), unit=f"{tokens.shape[0]} prefixes of {tokens.shape[1]:,} tokens",
+        ),
+        Program(
+            "insert", engine.insert, (state, prefixes, tokens, admissions), mesh,
+            held("decode state", "prefixes"), reads_donated=False, writes_donated=False,
+            unit=f"{entering} responses begin",
+        ),
+        Program(
+            "generate", engine.generate,
+            (decoding, model, state, _host(1), _host(), _host(), truncated,
+             tuple(range(part, length, part))),
+            mesh,
+            held("decode state", *(["sampling copy"] if layers == 1 else [])),
+            writes_donated=False, unit=f"one token of each of {slots} slots",
+        ),
+    ]  # fmt: skip
+    programs.append(
+        Program(
+            "collect", take_slots, (state, one), mesh, held("decode state"),
+            unit=f"{entering} responses end",
+        )
+    )  # fmt: skip
+    if sampler.halvings and slots % (2 * devices) == 0:
+        kept = _host(devices, slots // devices // 2)
+        programs.append(Program("narrow", engine.narrow, (state, kept), mesh, held("decode state")))
+    return programs
+
+
+def _over_slots(mesh: Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """As `sampling.engine` pins its arrays: the cache by its table, all others over slots."""
+    spec = CACHE_SPEC if x.ndim == len(CACHE_SPEC) else PartitionSpec(BATCH)
+    laid_out = NamedSharding(mesh, fit_spec(spec, x.shape, mesh.shape))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out)
+
+
+def _scoring(trees: _Trees) -> list[Program]:
+    """Scoring of initial responses, with FCI where it is used, and of continuations."""
+    config = trees.config
+    has_tree = config.branching.rule != "none"
+    with_fci = config.branching.rule == "fci" or config.expansion.filter_easy
+    kinds = [("score initial responses", with_fci)]
+    if has_tree:
+        kinds.append(("score continuations", False))
+    places = [(trees.mesh, trees.params, "")]
+    if trees.is_split and config.overlap != "none":
+        places.append((trees.sampling_mesh, trees.copy, ", where sampling is"))
+    programs = []
+    for mesh, params, where in places:
+        passed = "sampling copy" if where else "parameters"
+        names = [name for name in (*trees.always, "sampling copy") if name != passed]
+        ids, is_wanted = (
+            trees.rows(mesh, config.score_batch_tokens, dtype) for dtype in (jnp.int32, jnp.bool_)
+        )
+        for name, fci in kinds:
+            packed = PackedTokens(ids, ids, ids, ids, layout="packed" if fci else "tree")
+            arguments = (params, trees.model, packed, is_wanted, ids if fci else None,
+                         config.temperature)  # fmt: skip
+            programs.append(
+                Program(
+                    name + (", with FCI" if fci else "") + where, score_packed, arguments, mesh,
+                    trees.bytes_of(mesh, names), {"delta": config.branching.delta},
+                    unit="{} sequences of {:,} tokens".format(*ids.shape),
+                )
+            )  # fmt: skip
+    return programs
+
+
+def _update(trees: _Trees) -> list[Program]:
+    """The programs of `training.step.update`."""
+    config, model, mesh = trees.config, trees.model, trees.mesh
+    ids, real = (
+        trees.rows(mesh, config.micro_batch_tokens, dtype) for dtype in (jnp.int32, jnp.float32)
+    )
+    layout = "tree" if config.shares_prefixes else "packed"
+    batch = TrainBatch(PackedTokens(ids, ids, ids, ids, layout=layout), *[real] * 4)
+    unit = "{} sequences of {:,} tokens".format(*ids.shape)
+
+    def held(*passed: str) -> dict[str, int]:
+        names = [*trees.always, "gradients"]
+        if config.overlap != "none":
+            names.append("sampling copy")
+        return trees.bytes_of(mesh, [name for name in names if name not in passed])
+
+    programs = [
+        Program("zero gradients", step.no_gradients, (trees.params,), mesh,
+                held("parameters", "gradients")),
+    ]  # fmt: skip
+    reference = None
+    if config.loss.kl_beta > 0:
+        reference = real
+        programs.append(
+            Program(
+                "reference log-probabilities", step.reference_logprobs,
+                (trees.params, model, batch, config.temperature), mesh, held("reference"),
+                unit=unit,
+            )
+        )  # fmt: skip
+    denominator = jax.ShapeDtypeStruct((), np.float32)
+    arguments = (trees.gradients, trees.params, model, config.loss, batch, reference, denominator,
+                 config.temperature)  # fmt: skip
+    programs += [
+        Program("accumulate", step.accumulate, arguments, mesh, held("parameters", "gradients"),
+                unit=unit),
+        Program("apply gradients", step.apply_gradients,
+                (trees.state, trees.gradients[0], config.optimizer), mesh,
+                held("parameters", "optimizer state", "gradients"), unit="optimizer update"),
+    ]  # fmt: skip
+    return programs
