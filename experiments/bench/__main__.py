@@ -37,7 +37,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.bench import accelerator, rollouts, scoring, step, update
+from experiments.bench import accelerator, host, rollouts, scoring, step, update
 from experiments.bench.harness import Context, missed, run_part
 from experiments.bench.processes import check_environment
 from experiments.bench.report import machine, markdown, own_versions, write
@@ -51,6 +51,7 @@ BENCHMARKS = {
     "update": update.PARTS,
     "step": step.PARTS,
     "accelerator": accelerator.PARTS,
+    "host": host.PARTS,
 }
 RESULTS = Path(__file__).parent / "results"
 
