@@ -73,8 +73,8 @@ class Leaves:
     """`Rollouts` as all processes hold them: every token once. Host arrays.
 
     A row holds the tokens it sampled itself; those before are its root's, and those before these
-    the prompt's. `training.leaves.lay_out` makes `Rollouts` of some rows. Pieces stay where they
-    were fetched to, since to copy all of them takes the host long.
+    the prompt's. `training.leaves.lay_out` makes `Rollouts` of some rows. Pieces, but for
+    `fci`, stay where they were fetched to, since to copy all of them takes the host long.
 
     Attributes:
       prompt_length, length, problem, root, split, ended, reward: as in `Rollouts`.
