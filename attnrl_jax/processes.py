@@ -56,8 +56,8 @@ def connect(
         _check_given(coordinator, num_processes, process_id)
     if timeout_seconds < 1:
         raise ValueError(f"the timeout of processes must be at least a second: {timeout_seconds}")
-    # It would take SIGTERM for itself.
-    jax.config.update("jax_enable_preemption_service", False)
+    # It takes SIGTERM, and tells all processes of one that any of them got (`interruption`).
+    jax.config.update("jax_enable_preemption_service", True)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -91,6 +91,12 @@ def _check_given(
     address, _, port = coordinator.rpartition(":")
     if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"coordinator must be address:port; got {coordinator!r}")
+
+
+def disconnect() -> None:
+    """Leaves the other processes in order: waits until all of them want to."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def count() -> int:

@@ -82,6 +82,8 @@ class Leaves:
       num_ranges: ranges of the row in `fci`; 0 for rows that were not scored for it.
       prompts: of each problem; none where there are only continuations.
       tokens, logprobs, entropy: of the own tokens of each row.
+      importance: weight of each own token in the loss, where its sampler's log-probabilities are
+        corrected (truncated importance sampling); none where they are not.
       fci: forward context influence by range, of each row.
     """
 
@@ -98,6 +100,7 @@ class Leaves:
     tokens: list[Int[np.ndarray, "time"]]
     logprobs: list[Float[np.ndarray, "time"]]
     entropy: list[Float[np.ndarray, "time"]]
+    importance: list[Float[np.ndarray, "time"]]
     fci: list[Float[np.ndarray, "step"]]
 
     @property

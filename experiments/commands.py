@@ -17,14 +17,18 @@ THINKING = {"auto": None, "on": True, "off": False}
 TRACEBACK = "Traceback (most recent call last):"
 
 
-def stop(error: Exception) -> NoReturn:
+def stop(error: Exception, told: bool = False) -> NoReturn:
     """Ends the command with an error in one paragraph.
 
     The exit code is 2 where what was given cannot be used, so that trying again would not help, and
     1 for anything else.
+
+    Args:
+      error: what ended it.
+      told: its words are meant for the user, whatever its class.
     """
     text, refused = str(error).strip(), isinstance(error, ValueError | OSError)
-    if not refused and not isinstance(error, ProcessError):
+    if not refused and not told and not isinstance(error, ProcessError):
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2 if refused else 1)
@@ -56,10 +60,11 @@ def without_traceback(message: str) -> str:
     return f"{before.strip()} {re.sub(r'^(?:[a-z_]+[.])+', '', error)}"
 
 
-def interrupted(how_to_continue: str) -> NoReturn:
-    """Ends a command that was interrupted by Ctrl-C, exit code 130."""
+def interrupted(how_to_continue: str, exit_code: int = 130) -> NoReturn:
+    """Ends a command that was interrupted: by Ctrl-C, unless the exit code is that of another
+    signal."""
     print(f"\nstopped; {how_to_continue}", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(exit_code)
 
 
 def parser(module_docstring: str | None, name: str) -> argparse.ArgumentParser:

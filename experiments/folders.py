@@ -17,7 +17,12 @@ class FolderError(ValueError):
 
 @contextmanager
 def claimed(
-    folder: Path, kind: str, name: str, values: dict[str, Any], free: Sequence[str] = ()
+    folder: Path,
+    kind: str,
+    name: str,
+    values: dict[str, Any],
+    free: Sequence[str] = (),
+    hint: str = "",
 ) -> Iterator[None]:
     """Holds a folder: makes it, or checks that the one there is of the same settings.
 
@@ -27,13 +32,14 @@ def claimed(
       name: file in it that keeps the settings.
       values: the settings, as JSON has them.
       free: dotted names of settings that may differ.
+      hint: follows the differences of a refusal.
 
     Raises:
       FolderError: it belongs to other settings (the difference is named), holds other files, or is
         in use by another process.
     """
     # Before anything of ours is in there.
-    if not is_same(folder, kind, name, values, free) and not _is_free(folder):
+    if not is_same(folder, kind, name, values, free, hint) and not _is_free(folder):
         raise FolderError(f"{folder} exists, but has no {name}: it is no {kind} folder")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -42,7 +48,7 @@ def claimed(
         except BlockingIOError as error:
             raise FolderError(f"{folder} is in use by another process") from error
         # Another process may have held it in between.
-        is_same(folder, kind, name, values, free)
+        is_same(folder, kind, name, values, free, hint)
         text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
         write_atomically(folder / name, text + "\n")
         yield
@@ -56,7 +62,12 @@ def _is_free(folder: Path) -> bool:
 
 
 def is_same(
-    folder: Path, kind: str, name: str, values: dict[str, Any], free: Sequence[str] = ()
+    folder: Path,
+    kind: str,
+    name: str,
+    values: dict[str, Any],
+    free: Sequence[str] = (),
+    hint: str = "",
 ) -> bool:
     """Whether the folder has settings, which must then be these. Arguments as `claimed`.
 
@@ -70,16 +81,29 @@ def is_same(
         stored = flat(json.loads(path.read_text()))
     except ValueError as error:
         raise FolderError(f"{path} is not valid JSON: {error}") from error
-    # As they come back from a file: tuples are lists there.
-    given = flat(json.loads(json.dumps(values)))
-    changed = [
-        f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here"
-        for key in sorted({*stored, *given} - {*free})
-        if stored.get(key) != given.get(key)
-    ]
-    if changed:
-        raise FolderError(f"{folder} is the folder of another {kind}; {'; '.join(changed)}")
+    if changed := differences(stored, flat(values), free):
+        raise FolderError(f"{folder} is the folder of another {kind}; {described(changed)}{hint}")
     return True
+
+
+def differences(
+    there: dict[str, Any], here: dict[str, Any], free: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Settings by dotted name that differ, but for `free` ones: their values there and here."""
+    # As they come back from a file: tuples are lists there.
+    here = json.loads(json.dumps(here))
+    return {
+        key: (there.get(key), here.get(key))
+        for key in sorted({*there, *here} - {*free})
+        if there.get(key) != here.get(key)
+    }
+
+
+def described(changed: dict[str, tuple[Any, Any]]) -> str:
+    """`differences` in words."""
+    return "; ".join(
+        f"{key}: {one!r} there, {other!r} here" for key, (one, other) in changed.items()
+    )
 
 
 def flat(values: Any, name: str = "") -> dict[str, Any]:
@@ -93,7 +117,10 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, even where the machine stops meanwhile."""
     staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text)
+    with staging.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(staging, path)

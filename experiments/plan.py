@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.commands import without_traceback
 from experiments.folders import FolderError
 from experiments.results import Result, log_path, read_result
-from experiments.run import check_same_run
+from experiments.run_folder import check_same_run
 from experiments.settings import build
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,10 +1,9 @@
-"""The run folder and the terminal: metrics, TensorBoard events, the curve, example trees."""
+"""What a run shows: the terminal, the curve, example trees, the timeline of a step."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from rich.tree import Tree
 from attnrl_jax.branching.steps import step_bounds
 from attnrl_jax.tasks.tokenizer import Tokenizer
 from attnrl_jax.training.loop import StepReport
-from experiments.folders import write_atomically
 
 # What the terminal shows of a step, in 80 columns: metric, heading, format.
 COLUMNS = (
@@ -33,100 +31,31 @@ COLUMNS = (
 )
 
 
-class RunFolder:
-    """Files of one run.
+def plot_history(history: Sequence[dict[str, float]], path: Path) -> None:
+    """Draws held-out and training accuracy against training steps."""
+    import matplotlib
 
-    Args:
-      folder: made if needed.
-      last_step: of the checkpoint the run continues from, -1 for a new run. Metrics of later
-        steps, written before the run was stopped, are dropped: those steps are run again.
-      writes: False only keeps `history`: of several processes one writes.
-    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    def __init__(self, folder: Path, last_step: int = -1, writes: bool = True):
-        self.folder = folder
-        self._writes = writes
-        self.history: list[dict[str, float]] = []
-        if not writes:
-            return
-        from tensorboardX import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "trees").mkdir(exist_ok=True)
-        self._metrics = folder / "metrics.jsonl"
-        self.history = [m for m in read_metrics(self._metrics) if m["step"] <= last_step]
-        write_atomically(self._metrics, "".join(json.dumps(m) + "\n" for m in self.history))
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
-
-    def write_metrics(self, metrics: dict[str, float]) -> None:
-        """Appends one step's metrics to `metrics.jsonl` and TensorBoard."""
-        self.history.append(metrics)
-        if not self._writes:
-            return
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        for name, value in metrics.items():
-            if name != "step":
-                self._events.add_scalar(name, value, metrics["step"])
-        self._events.flush()
-
-    def write_tree(self, step: int, tree: dict[str, Any]) -> None:
-        """Writes an example tree as JSON."""
-        if not self._writes:
-            return
-        write_atomically(
-            self.folder / "trees" / f"step_{step:06d}.json", json.dumps(tree, indent=1)
-        )
-
-    def plot(self) -> Path:
-        """Draws held-out and training accuracy against training steps."""
-        path = self.folder / "curve.png"
-        if not self._writes:
-            return path
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import MaxNLocator
-
-        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        for name, label, style in (
-            ("train/accuracy", "training problems, initial responses", "-"),
-            ("held_out/accuracy", "held-out problems", "o--"),
-        ):
-            points = [(m["step"], m[name]) for m in self.history if name in m]
-            if points:
-                color = "0.6" if style == "-" else "black"
-                axes.plot(*zip(*points, strict=True), style, label=label, color=color)
-        axes.set_xlabel("training step")
-        axes.set_ylabel("share of responses that are right")
-        axes.set_ylim(0, 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
-        return path
-
-    def close(self) -> None:
-        if self._writes:
-            self._events.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Metrics written so far, up to the first line that is none: one that a crash cut off."""
-    if not path.exists():
-        return []
-    metrics = []
-    for line in path.read_text().splitlines():
-        try:
-            read = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(read, dict) or "step" not in read:
-            break
-        metrics.append(read)
-    return metrics
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for name, label, style in (
+        ("train/accuracy", "training problems, initial responses", "-"),
+        ("held_out/accuracy", "held-out problems", "o--"),
+    ):
+        points = [(m["step"], m[name]) for m in history if name in m]
+        if points:
+            color = "0.6" if style == "-" else "black"
+            axes.plot(*zip(*points, strict=True), style, label=label, color=color)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("share of responses that are right")
+    axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -260,7 +189,11 @@ def draw_timeline(spans: Sequence[tuple[str, float, float]], width: int = 80) ->
 
 
 class Terminal:
-    """Progress of a run: a table of metrics, and in a terminal a bar below it."""
+    """Progress of a run: a table of metrics, and in a terminal a bar below it.
+
+    Attributes:
+      doing: the stage the run is in.
+    """
 
     def __init__(self, steps: int, console: Console):
         self.console = console
@@ -279,6 +212,8 @@ class Terminal:
         )
         self._task = self._progress.add_task("starting", total=steps)
         self._printed = 0
+        self._lasting: set[str] = set()
+        self.doing = "starting"
 
     def __enter__(self) -> Terminal:
         self._progress.start()
@@ -289,7 +224,19 @@ class Terminal:
 
     def stage(self, name: str) -> None:
         """Shows what the run is doing."""
+        self.doing = name
         self._progress.update(self._task, description=name)
+
+    def warn(self, message: str) -> None:
+        """Prints a warning."""
+        self.console.print(f"warning: {message}", style="bold", markup=False, soft_wrap=True)
+
+    def warn_of(self, found: Mapping[str, str]) -> None:
+        """Prints warnings by name, each when it begins and not while it lasts."""
+        for name, message in found.items():
+            if name not in self._lasting:
+                self.warn(message)
+        self._lasting = set(found)
 
     def step(self, metrics: dict[str, float]) -> None:
         """Prints one row of metrics."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.curves import BOOTSTRAP_SEEDS, Line, Point, interval, plot
 from experiments.folders import write_atomically
-from experiments.reporting import read_metrics
+from experiments.records import read_metrics
 from experiments.tables import one_line, table
 
 # Last line that a sweep writes into the log of a run that ended by itself.

@@ -18,6 +18,7 @@ from attnrl_jax.sharding import MeshConfig
 from attnrl_jax.tasks.graph import GraphTaskConfig
 from attnrl_jax.tasks.judging import JudgeConfig
 from attnrl_jax.tasks.prompts import PromptConfig
+from attnrl_jax.training.guards import GuardConfig
 from attnrl_jax.training.state import TrainConfig
 
 
@@ -33,6 +34,8 @@ class ModelSettings:
       path: Hugging Face folder, or `hf:OWNER/NAME`; empty for the small policy that comes with the
         project.
       dtype: of scoring, sampling and updates, `float32` or `bfloat16`; parameters are float32.
+      sampling_dtype: of sampling alone; empty is `dtype`. `importance_cap` corrects for what
+        differs then.
       tokenizer: `auto` (the folder's files; bytes where it has none) or `bytes`.
       attention: how attention is computed. `auto` (the kernel of the platform where it fits),
         `blockwise` (plain XLA, any platform), `splash` (TPU) or `cudnn` (NVIDIA GPU, bfloat16):
@@ -46,6 +49,7 @@ class ModelSettings:
 
     path: str = ""
     dtype: str = "float32"
+    sampling_dtype: str = ""
     tokenizer: str = "auto"
     attention: str = "auto"
     block_length: int = 1024
@@ -86,7 +90,7 @@ class Settings:
     Attributes:
       method: `attnrl`, `treerl`, `random` or `grpo`.
       train: of the loop.
-      model, data, graph, prompt, judging, mesh: of the parts of their names.
+      model, data, graph, prompt, judging, mesh, guards: of the parts of their names.
     """
 
     method: str
@@ -97,6 +101,7 @@ class Settings:
     prompt: PromptConfig
     judging: JudgeConfig
     mesh: MeshConfig
+    guards: GuardConfig
 
 
 # What a method means. Everything else is equal, and each of these can be set on its own.
@@ -126,6 +131,7 @@ _SECTIONS = {
     "prompt": PromptConfig,
     "judging": JudgeConfig,
     "mesh": MeshConfig,
+    "guards": GuardConfig,
 }
 
 

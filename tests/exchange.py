@@ -23,7 +23,7 @@ from attnrl_jax.sharding import (
 )
 from attnrl_jax.training.state import init_state
 from attnrl_jax.training.step import accumulate, no_gradients, pack_rows
-from experiments.run import check_same_settings, check_shared
+from experiments.run_folder import check_same_settings, check_shared
 from tests.training.tiny import tiny_config
 from tests.trees import random_rollouts, train_rows_of
 

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "scoring": BELOW_MODELS | {"models"},
     "evaluation": {"types", "branching", "models", "sampling", "tasks"},
     "training": BELOW_TRAINING,
+    "interruption": set(),
     "compilation": BELOW_TRAINING | {"training"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

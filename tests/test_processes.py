@@ -28,7 +28,7 @@ OTHER_MESH = ("--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.sam
 def metrics_of(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")}
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds/", "process/"))}
         for line in lines
     ]
 

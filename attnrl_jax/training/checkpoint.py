@@ -1,8 +1,15 @@
-"""Checkpoints of a whole run with Orbax: everything the next step depends on."""
+"""Checkpoints of a whole run with Orbax: everything the next step depends on.
+
+They are written beside training, to another name that is changed when all is there, so that a
+checkpoint is whole or absent. What was saved is known by its checksums: a checkpoint that was
+damaged since is not trained on, and the one before it takes its place.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,102 +17,252 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from attnrl_jax import processes
+from attnrl_jax.training.checksums import array_checksums, bytes_checksum
 from attnrl_jax.training.leaves import from_arrays, to_arrays
 from attnrl_jax.training.state import LoopState, TrainState
 
+# Of what a checkpoint holds; raise it when that changes.
+FORMAT = 2
 # What of a run's state is rows, and what is plain numbers.
 ROWS = ("batch", "continued", "following")
 COUNTERS = {f.name for f in fields(LoopState)} - {"train", *ROWS}
+# Beside the checkpoints: those that could not be read.
+DAMAGED = "damaged_checkpoints"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or does not fit the run."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; those before it are as they were."""
+
+
+class _DamagedError(CheckpointError):
+    """One that another checkpoint may stand in for."""
+
+
 class Checkpointer:
     """The checkpoints of one run folder.
-
-    Orbax writes to a temporary folder and renames it, so that a checkpoint is whole or absent.
 
     Args:
       folder: made if needed, unless it is only read.
       keep: newest checkpoints that stay.
+      keep_best: checkpoints of the highest score that stay besides.
       read_only: leaves the folder as it is, so that a run may be using it.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            create=not read_only,
-            read_only=read_only,
-            enable_async_checkpointing=False,
+    def __init__(
+        self, folder: str | Path, keep: int = 2, keep_best: int = 0, read_only: bool = False
+    ):
+        self.folder = Path(folder).absolute()
+        # Read before Orbax looks: a damaged file must not keep the others from being found.
+        self._scores = {
+            step: score
+            for step in _steps_on_disk(self.folder)
+            if (score := _stored_score(self.folder / str(step))) is not None
+        }
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=None
+                if read_only
+                else _NewestAndBest(keep, keep_best, self._scores),
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+                enable_async_checkpointing=not read_only,
+            ),
         )
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
-    def save(self, state: LoopState) -> None:
-        """Writes the state of a run after `state.step`; returns once it is on disk."""
+    def save(
+        self,
+        state: LoopState,
+        notes: Mapping[str, Any] | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Begins to write the state of a run after `state.step`.
+
+        Returns once the state is copied, so that training may go on; `wait` waits for the disk.
+
+        Args:
+          state: of the run.
+          notes: anything that JSON holds, given back by `restore`.
+          score: by which the best are kept; None is never among them.
+
+        Raises:
+          SaveError: this checkpoint, or the one before, could not be written.
+        """
         counters = {f.name: getattr(state, f.name) for f in fields(state) if f.name in COUNTERS}
-        held = {name: getattr(state, name) for name in ROWS}
-        in_flight = [name for name in ROWS if held[name] is not None]
         # Orbax refuses an empty tree, and an on-policy run has no rows in flight. It refuses empty
         # arrays too.
         rows: dict[str, Any] = {
-            name: {field: x for field, x in to_arrays(held[name]).items() if x.size}
-            for name in in_flight
+            name: {field: x for field, x in to_arrays(held).items() if x.size}
+            for name in ROWS
+            if (held := getattr(state, name)) is not None
         }
-        self._manager.save(
-            state.step,
-            args=ocp.args.Composite(
-                train=ocp.args.StandardSave(state.train),
-                rows=ocp.args.StandardSave(rows or {"none": np.zeros(1)}),
-                loop=ocp.args.JsonSave(counters | {"in_flight": in_flight}),
-            ),
-            force=True,
+        values = {
+            "format": FORMAT,
+            "counters": counters,
+            "in_flight": list(rows),
+            "score": None if score is None else float(score),
+            "notes": dict(notes or {}),
+            "checksums": array_checksums(state.train, "train") | _row_checksums(rows),
+        }
+        if score is not None:
+            self._scores[state.step] = float(score)
+        try:
+            self._manager.save(
+                state.step,
+                args=ocp.args.Composite(
+                    train=ocp.args.StandardSave(state.train),
+                    rows=ocp.args.StandardSave(rows or {"none": np.zeros(1)}),
+                    loop=ocp.args.JsonSave({"values": values, "checksum": _text_checksum(values)}),
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._save_error(error) from error
+
+    def check(self) -> None:
+        """Raises `SaveError` if a checkpoint that was begun is known to have failed."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._save_error(error) from error
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          SaveError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._save_error(error) from error
+        self.check()
+
+    def _save_error(self, error: Exception) -> SaveError:
+        reason = str(error).strip().splitlines()
+        there = ", ".join(map(str, _steps_on_disk(self.folder))) or "none"
+        return SaveError(
+            f"a checkpoint could not be written to {self.folder}: "
+            f"{reason[0] if reason else type(error).__name__} (whole are those of steps: {there})"
         )
-        self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
         """Newest step saved, or None."""
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """The step of the highest score, the newest of equals; None where none has one."""
+        return max(_best(self.steps(), self._scores, 1), default=None)
+
     def steps(self) -> list[int]:
         """Steps saved, the oldest first."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, template: TrainState) -> LoopState:
-        """Reads the newest checkpoint.
+    def restore(
+        self,
+        template: TrainState,
+        check: Callable[[dict[str, Any]], None] = lambda notes: None,
+        on_damaged: Callable[[str], None] = lambda message: None,
+    ) -> tuple[LoopState, dict[str, Any]]:
+        """Reads the newest checkpoint that is whole, and its notes.
+
+        Newer ones that are damaged are moved to a folder of their own (`DAMAGED`).
 
         Args:
           template: a fresh state of the same run, whose arrays give shapes, dtypes and shardings.
+          check: of the notes, before arrays are read; what it raises is raised.
+          on_damaged: is told of every checkpoint that was passed over.
 
         Raises:
           FileNotFoundError: there is none.
-          CheckpointError: it is damaged, or of another model.
+          CheckpointError: it is of another model or another version of this program; or all are
+            damaged, and then they stay where they are.
         """
-        step = self.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    train=ocp.args.StandardRestore(abstract),
-                    # Rows differ in number from step to step: shapes come from the checkpoint.
-                    rows=ocp.args.StandardRestore(),
-                    loop=ocp.args.JsonRestore(),
+        self.wait()
+        steps = self.steps()[::-1]
+        if not steps:
+            raise FileNotFoundError(f"no checkpoint in {self.folder}")
+        damaged: list[tuple[int, str]] = []
+        for step in steps:
+            try:
+                restored = self._restore(step, template, check)
+            except _DamagedError as error:
+                damaged.append((step, str(error)))
+                continue
+            for bad, reason in damaged:
+                moved = self._move_away(bad)
+                on_damaged(f"{reason}; it was moved to {moved}, and step {step} takes its place")
+            return restored
+        raise CheckpointError("; ".join(reason for _, reason in damaged))
+
+    def _restore(
+        self, step: int, template: TrainState, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[LoopState, dict[str, Any]]:
+        folder = self.folder / str(step)
+        values = _together(folder, lambda: self._read_values(folder))
+        check(values["notes"])
+        _together(folder, lambda: _check_same_model(folder, "params", template.params))
+        train = _together(
+            folder,
+            lambda: ocp.StandardCheckpointHandler().restore(
+                folder / "train",
+                args=ocp.args.StandardRestore(
+                    jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
                 ),
+            ),
+        )
+
+        def read_rows() -> dict[str, dict[str, np.ndarray]]:
+            # Rows differ in number from step to step: shapes come from the checkpoint.
+            stored = ocp.StandardCheckpointHandler().restore(
+                folder / "rows", args=ocp.args.StandardRestore()
             )
-            counters = restored["loop"]
-            rows: dict[str, Any] = dict.fromkeys(ROWS)
-            for name in counters.pop("in_flight"):
-                arrays = {field: np.array(x) for field, x in restored["rows"][name].items()}
-                rows[name] = from_arrays(arrays)
-            return LoopState(train=restored["train"], **rows, **counters)
-        except (KeyError, TypeError, ValueError, OSError) as error:
+            return {
+                name: {field: np.array(x) for field, x in stored[name].items()}
+                for name in values["in_flight"]
+            }
+
+        rows = _together(folder, read_rows)
+
+        def put_together() -> LoopState:
+            found = array_checksums(train, "train") | _row_checksums(rows)
+            _check_checksums(folder, values["checksums"], found)
+            held: dict[str, Any] = dict.fromkeys(ROWS) | {
+                name: from_arrays(arrays) for name, arrays in rows.items()
+            }
+            return LoopState(train=train, **held, **values["counters"])
+
+        return _together(folder, put_together), values["notes"]
+
+    def _read_values(self, folder: Path) -> dict[str, Any]:
+        stored = ocp.JsonCheckpointHandler().restore(folder / "loop")
+        if "values" not in stored or stored["values"].get("format") != FORMAT:
             raise CheckpointError(
-                f"checkpoint {self._manager.directory / str(step)} cannot be read: {error}"
-            ) from error
+                f"checkpoint {folder} was written by another version of this program"
+            )
+        values = stored["values"]
+        if _text_checksum(values) != stored["checksum"]:
+            raise _DamagedError(f"checkpoint {folder} is damaged: its numbers are not those saved")
+        return values
+
+    def _move_away(self, step: int) -> Path:
+        target = self.folder.parent / DAMAGED / str(step)
+        while target.exists():
+            target = target.with_name(f"{target.name}_again")
+
+        def move() -> None:
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+
+        processes.first_then_all(move)
+        self._manager.reload()
+        return target
 
     def restore_params(self, step: int, template: Any) -> Any:
         """Reads the parameters of a step into host memory; the optimizer's state is not read.
@@ -122,27 +279,140 @@ class Checkpointer:
           CheckpointError: it is damaged, or of another model (the first parameter that differs is
             named).
         """
-        folder = Path(self._manager.directory) / str(step)
+        folder = self.folder / str(step)
         if step not in self.steps():
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self._manager.directory}")
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}")
+        values = _together(folder, lambda: self._read_values(folder))
         wanted = {"params": template}
         to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                stored = reader.metadata(folder / "train").item_metadata.tree["params"]
-                _check_same_model(folder, _shapes(stored), _shapes(template))
-                restored = reader.restore(
-                    folder / "train",
-                    args=ocp.args.PyTreeRestore(wanted, to_host, partial_restore=True),
-                )
-            return restored["params"]
-        except CheckpointError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
+
+        def read() -> Any:
+            _check_same_model(folder, "params", template)
+            params = ocp.PyTreeCheckpointHandler().restore(
+                folder / "train",
+                args=ocp.args.PyTreeRestore(wanted, to_host, partial_restore=True),
+            )["params"]
+            found = array_checksums(params, "train/params")
+            saved = {name: values["checksums"].get(name) for name in found}
+            _check_checksums(folder, saved, found)
+            return params
+
+        return _together(folder, read)
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what was begun, and lets go of the folder.
+
+        Raises:
+          SaveError: it could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            try:
+                self._manager.close()
+            except Exception as error:
+                raise self._save_error(error) from error
+
+
+@dataclass(frozen=True)
+class _NewestAndBest:
+    """Which checkpoints stay, as Orbax asks for it."""
+
+    newest: int
+    best: int
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.newest :], *_best(steps, self.scores, self.best)}
+        return [step in kept for step in steps]
+
+
+def _best(steps: Sequence[int], scores: Mapping[int, float], number: int) -> list[int]:
+    """Steps of the highest scores; of equals the newest."""
+    scored = sorted((scores[step], step) for step in steps if step in scores)
+    return [step for _, step in scored[max(len(scored) - number, 0) :]]
+
+
+def _stored_score(folder: Path) -> float | None:
+    try:
+        score = ocp.JsonCheckpointHandler().restore(folder / "loop")["values"]["score"]
+        return None if score is None else float(score)
+    except Exception:  # damage, of which `restore` says more
+        return None
+
+
+def _steps_on_disk(folder: Path) -> list[int]:
+    """Whole checkpoints: those under their own name."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def _row_checksums(rows: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, int]:
+    return {
+        f"{name}/{field}": bytes_checksum(x)
+        for name, arrays in rows.items()
+        for field, x in arrays.items()
+    }
+
+
+def _text_checksum(values: Any) -> int:
+    return bytes_checksum(json.dumps(values, sort_keys=True).encode())
+
+
+def _check_checksums(folder: Path, saved: Mapping[str, Any], found: Mapping[str, int]) -> None:
+    differ = sorted(name for name in {*saved, *found} if saved.get(name) != found.get(name))
+    if differ:
+        raise _DamagedError(
+            f"checkpoint {folder} is damaged: {len(differ)} of {len(found)} arrays are not those "
+            f"that were saved, such as {differ[0]}"
+        )
+
+
+def _together(folder: Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives; where one of several processes cannot read, all of them say so.
+
+    Raises:
+      CheckpointError: of another model or version.
+      _DamagedError: anything else that reading may raise: a file that is damaged can be at odds
+        with all of Orbax.
+    """
+    refused: CheckpointError | None = None
+    result = None
+    try:
+        result = read()
+    except CheckpointError as error:
+        refused = error
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        # Of the devices, not of the files.
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        refused = _DamagedError(
+            f"checkpoint {folder} cannot be read: {type(error).__name__}: {reason[:500]}"
+        )
+        refused.__cause__ = error
+    failed = int(processes.total(np.array(refused is not None, np.int32)))
+    if refused is not None:
+        raise refused
+    if failed:
+        raise _DamagedError(f"checkpoint {folder} cannot be read by {failed} other process(es)")
+    return result
+
+
+def _check_same_model(folder: Path, name: str, template: Any) -> None:
+    """Shapes of the stored parameters, before any is read."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(folder / "train").item_metadata.tree[name]
+    stored, wanted = _shapes(tree), _shapes(template)
+    for path in sorted(stored.keys() | wanted.keys()):
+        there, here = stored.get(path, "absent"), wanted.get(path, "absent")
+        if there != here:
+            raise CheckpointError(
+                f"checkpoint {folder} is of another model: parameter {path} is {there} there, "
+                f"{here} in the model"
+            )
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
@@ -152,15 +422,3 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in leaves
     }
-
-
-def _check_same_model(
-    folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
-) -> None:
-    for name in sorted(stored.keys() | wanted.keys()):
-        there, here = stored.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
-            raise CheckpointError(
-                f"checkpoint {folder} is of another model: parameter {name} is {there} there, "
-                f"{here} in the model"
-            )

@@ -18,7 +18,7 @@ from attnrl_jax.sampling.sampler import Response
 from attnrl_jax.types import Leaves, Rollouts
 
 # Fields of `Leaves` that have an array for each row (or problem).
-PIECES = ("prompts", "tokens", "logprobs", "entropy", "fci")
+PIECES = ("prompts", "tokens", "logprobs", "entropy", "importance", "fci")
 
 
 def empty_rollouts(rows: int, time: int) -> Rollouts:
@@ -61,6 +61,7 @@ def _leaves(
         tokens=[response.tokens for response in responses],
         logprobs=[response.logprobs for response in responses],
         entropy=[nothing] * len(own),
+        importance=[nothing] * len(own),
         fci=[nothing] * len(own),
     )
 
@@ -166,7 +167,7 @@ def lay_out_column(
 
     Args:
       leaves: all rows.
-      name: `tokens`, `logprobs` or `entropy`.
+      name: `tokens`, `logprobs`, `entropy` or `importance`.
       rows: which of them.
       time: width of the rows.
       roots: what `root` is a row of; by default `leaves`.

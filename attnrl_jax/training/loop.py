@@ -44,7 +44,7 @@ from attnrl_jax.training.rollout import Advantages, train_rows, tree_advantages
 from attnrl_jax.training.rounds import Branching, Group, generate, policy_of, start_round
 from attnrl_jax.training.setup import Setup, Stopwatch, layout
 from attnrl_jax.training.state import LoopState, TrainConfig, TrainState
-from attnrl_jax.training.step import launch_update
+from attnrl_jax.training.step import UpdateReport, launch_update
 from attnrl_jax.types import Leaves, Rollouts
 
 # What processes must have in common to build the same trees and to pack the same sequences.
@@ -62,6 +62,8 @@ class StepReport:
       leaf_advantages: of `leaves`, before filtering.
       problems: of the step's batch.
       trained: which rows were trained on.
+      not_finite: rows of each optimizer update that was skipped, because loss, gradient or
+        parameters were not finite.
       spans: name, begin and end of every stage, in seconds of one clock.
       lay_out: makes `[row, time]` arrays of some rows.
     """
@@ -72,6 +74,7 @@ class StepReport:
     leaf_advantages: Advantages
     problems: list[Problem]
     trained: np.ndarray
+    not_finite: list[np.ndarray]
     spans: list[tuple[str, float, float]]
     lay_out: Callable[[np.ndarray], Rollouts]
 
@@ -85,6 +88,10 @@ class StepReport:
         """Of every token of `rows`."""
         every = np.arange(len(self.leaves.length))
         return self.leaf_advantages.lay_out(self.leaves, every, self.rows.tokens.shape[1])
+
+
+class NotFiniteError(RuntimeError):
+    """So many updates in a row were skipped, as something was not finite, that a run must end."""
 
 
 def start(setup: Setup, train: TrainState) -> LoopState:
@@ -101,16 +108,16 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     state = _advance(_advance(state, setup), setup)
     policy = policy_of(state.train.params, setup, 0)
     first = _problems_at(state.batch_start, state.batch_count, setup)
-    warm_up = start_round(policy, setup, None, _initial_group(first, setup, 1), watch)
+    initial = _initial_group(first, setup, 1)
+    warm_up = start_round(policy, setup, None, initial, watch, setup.interrupt)
     batch, tokens = warm_up.initial(), warm_up.tokens
     continued = following = None
     if setup.config.overlap == "all":
         assert batch is not None
         plan, _ = _plan(batch, setup, state.easy, _branch_noise(setup.config, 1))
-        second = _problems_at(state.next_start, state.next_count, setup)
-        ahead = start_round(
-            policy, setup, Branching(batch, plan, first, 1), _initial_group(second, setup, 2), watch
-        )
+        second = _initial_group(_problems_at(state.next_start, state.next_count, setup), setup, 2)
+        branching = Branching(batch, plan, first, 1)
+        ahead = start_round(policy, setup, branching, second, watch, setup.interrupt)
         continued, following = ahead.continuations(), ahead.initial()
         tokens += ahead.tokens
     return dataclasses.replace(
@@ -128,16 +135,26 @@ def finished(state: LoopState, config: TrainConfig) -> bool:
 def train_steps(state: LoopState, setup: Setup) -> Iterator[tuple[LoopState, StepReport]]:
     """Runs until the run is `finished`; yields after every step.
 
-    The state that was passed in, or yielded before, must not be used any more: its buffers are
-    given to the next step.
+    The state that was passed in, or yielded before, must not be used any more once the next step's
+    update has begun: its buffers are given to it.
+
+    Raises:
+      NotFiniteError: after a step that ended with `max_not_finite` skipped updates in a row.
     """
     while not finished(state, setup.config):
         state, report = train_step(state, setup)
         yield state, report
+        in_a_row = int(state.train.skipped_in_a_row)
+        if 0 < setup.config.max_not_finite <= in_a_row:
+            raise NotFiniteError(
+                f"the last {in_a_row} updates, up to step {state.step}, were skipped, since loss, "
+                "gradient or parameters were not finite (max_not_finite is "
+                f"{setup.config.max_not_finite})"
+            )
 
 
 def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
-    """One step of the loop above."""
+    """One step of the loop above. The state's buffers are intact until the update begins."""
     config, step = setup.config, state.step + 1
     watch = Stopwatch(setup.on_stage)
     begin = time.perf_counter()
@@ -158,7 +175,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     if config.schedule == "on_policy":
         state = _advance(state, setup)
         problems = _problems_at(state.next_start, state.next_count, setup)
-        first = start_round(policy, setup, None, _initial_group(problems, setup, step), watch)
+        responses = _initial_group(problems, setup, step)
+        first = start_round(policy, setup, None, responses, watch, setup.interrupt)
         initial, sampled_tokens = first.initial(), first.tokens
         upcoming, next_group = [], None
     else:
@@ -179,7 +197,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     if config.overlap != "all":
         group = next_group if config.overlap == "none" else None
         branching = Branching(initial, plan, problems, step)
-        ahead = start_round(policy, setup, branching, group, watch)
+        ahead = start_round(policy, setup, branching, group, watch, setup.interrupt)
         continued = ahead.continuations()
         sampled_tokens += ahead.tokens
     leaves = initial if continued is None else join_leaves(initial, continued)
@@ -202,7 +220,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         after = _problems_at(state.next_start, state.next_count, setup)
         group = _initial_group(after, setup, step + 2)
 
-    # Update; beside it, with an overlap, what is sampled ahead.
+    # Update; beside it, with an overlap, what is sampled ahead. There is no way back from here.
+    setup.interrupt()
     metrics = sampling_metrics(leaves, plan, trained, advantages, state.step)
     parts = _update(state.train, setup, leaves, advantages, trained, step)
     pending = PartByPart(parts, setup.mesh, watch, "update")
@@ -215,7 +234,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         meanwhile = pending.advance if setup.is_split else None
         ahead = start_round(elsewhere, setup, branched, group, watch, meanwhile)
         sampled_tokens += ahead.tokens
-    train, losses = pending.result()
+    train, update_report = pending.result()
     trained_tokens = int((leaves.length - leaves.prompt_length)[trained].sum())
     assert ahead is not None
     if config.overlap == "all":
@@ -237,7 +256,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
         skipped_steps=state.skipped_steps + (survivors == 0),
         lost_answers=state.lost_answers + watch.lost_answers,
     )
-    metrics |= {f"update/{name}": value for name, value in losses().items()}
+    losses = update_report()
+    metrics |= {f"update/{name}": value for name, value in losses.metrics.items()}
     metrics |= _closing_metrics(state, watch, sampled_tokens, trained_tokens, survivors)
     total = time.perf_counter() - begin
     overlapped = sum(watch.seconds.values()) - watch.busy()
@@ -248,7 +268,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     }
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     report = StepReport(
-        metrics, leaves, segments, advantages, problems, trained, watch.spans,
+        metrics, leaves, segments, advantages, problems, trained,
+        [np.flatnonzero(trained)[rows] for rows in losses.not_finite], watch.spans,
         lambda rows: lay_out(leaves, rows, config.width, setup.task.tokenizer.separators()),
     )  # fmt: skip
     return state, report
@@ -272,12 +293,13 @@ def _update(
     advantages: Advantages,
     trained: np.ndarray,
     step: int,
-) -> Generator[jax.Array, None, tuple[TrainState, Callable[[], dict[str, float]]]]:
+) -> Generator[jax.Array, None, tuple[TrainState, Callable[[], UpdateReport]]]:
     """`launch_update` of the rows that are trained on."""
     if not trained.any():
-        return train, dict
+        return train, UpdateReport
     noise = np.random.default_rng([setup.config.seed, rollout.UPDATE, step])
-    rows = train_rows(leaves, advantages, trained, setup.config.width)
+    corrected = setup.config.importance_cap > 0
+    rows = train_rows(leaves, advantages, trained, setup.config.width, corrected)
     launched = yield from launch_update(
         train, setup.model, setup.config, rows, noise, setup.reference, **layout(setup.mesh)
     )
@@ -314,7 +336,7 @@ def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
     )
     watch = Stopwatch(lambda stage: setup.on_stage("evaluate"))
     policy = policy_of(state.train.params, setup, state.step)
-    [sampled], tokens = generate(policy, setup, [group], watch)
+    [sampled], tokens = generate(policy, setup, [group], watch, setup.interrupt)
     return {
         "held_out/accuracy": float(np.mean(sampled.rewards())),
         "held_out/problems": len(problems),
@@ -363,6 +385,9 @@ def _closing_metrics(
         "step/skipped": float(survivors == 0),
         "step/skipped_total": state.skipped_steps,
         "update/not_finite_total": int(state.train.skipped),
+        "update/not_finite_in_a_row": int(state.train.skipped_in_a_row),
+        "sampler/mismatch_mean": watch.mismatch.mean,
+        "sampler/mismatch_max": watch.mismatch.largest,
         "judge/unanswered": watch.judged.unanswered,
         "judge/lost": watch.lost_answers,
         "judge/lost_total": state.lost_answers,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from attnrl_jax.training.rollout import Advantages, BranchPlan
 from attnrl_jax.types import Leaves
+
+# Tokens that are looked for again in a response: longer than a phrase that may well come twice.
+NGRAM = 8
 
 
 def sampling_metrics(
@@ -46,6 +51,7 @@ def sampling_metrics(
         "train/leaf_accuracy": float(rows.reward.mean()),
         "train/entropy": float(entropy.mean()) if len(entropy) else 0.0,
         "train/response_length": float(response[initial].mean()),
+        "train/repetition": repetition(rows.tokens, np.flatnonzero(initial)),
         "train/truncated": float(1.0 - rows.ended[initial].mean()),
         "train/staleness": float((age * tokens).sum() / tokens.sum()) if stale.size else 0.0,
         "train/staleness_max": int(stale.max(initial=0)),
@@ -61,3 +67,26 @@ def sampling_metrics(
         "branching/positions_found": positions / max(allowed, 1),
         "branching/by_importance": plan.share_by_importance(),
     }
+
+
+def repetition(
+    tokens: Sequence[Int[np.ndarray, "time"]], rows: Int[np.ndarray, "chosen"], most: int = 256
+) -> float:
+    """Mean share of a response's n-grams (n = 8) that it has had before: 1 minus distinct ones over
+    all. A policy that has fallen into a loop is near 1.
+
+    Args:
+      tokens: of each row.
+      rows: which of them count.
+      most: rows that are looked at, evenly spaced among these.
+    """
+    # Two responses that differ in one token share no hash that covers it, but for odds of 2^-64.
+    factors = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, NGRAM + 1, dtype=np.uint64)
+    shares = []
+    for row in rows[:: max(-(-len(rows) // most), 1)]:
+        grams = len(tokens[row]) - NGRAM + 1
+        if grams > 0:
+            x = tokens[row].astype(np.uint64)
+            mixed = sum(x[k : k + grams] * factors[k] for k in range(NGRAM))
+            shares.append(1 - len(np.unique(mixed)) / grams)
+    return float(np.mean(shares)) if shares else 0.0

@@ -273,7 +273,29 @@ def tree_advantages(
     return segments, Advantages(segments, by_segment), np.asarray(trained)
 
 
-def train_rows(leaves: Leaves, advantages: Advantages, trained: np.ndarray, time: int) -> TrainRows:
+def importance_weights(
+    scorer: Sequence[np.ndarray], sampler: Sequence[np.ndarray], cap: float
+) -> list[Float[np.ndarray, "time"]]:
+    """min(p_scorer / p_sampler, cap) of every token: truncated importance sampling.
+
+    Corrects for a sampler that computes the policy's probabilities with another precision than the
+    scorer, whose ratio the loss clips (Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training"; the truncation is that of Ionides 2008).
+
+    Args:
+      scorer, sampler: log-probabilities of each row's own tokens, nats.
+      cap: largest weight.
+    """
+    bound = np.float32(np.log(cap))
+    return [
+        np.exp(np.minimum(ours - theirs, bound))
+        for ours, theirs in zip(scorer, sampler, strict=True)
+    ]
+
+
+def train_rows(
+    leaves: Leaves, advantages: Advantages, trained: np.ndarray, time: int, corrected: bool = False
+) -> TrainRows:
     """The rows of the update.
 
     Args:
@@ -281,13 +303,22 @@ def train_rows(leaves: Leaves, advantages: Advantages, trained: np.ndarray, time
       advantages: of these.
       trained: which rows are trained on.
       time: width of the rows.
+      corrected: whether tokens have an importance weight. It is multiplied into their advantages:
+        every part of a token's policy loss, its bounds included, is proportional to |A|.
     """
     kept = np.flatnonzero(trained)
     paths = row_paths(leaves, leaves.root == np.arange(len(leaves.root)))
+
+    def weighted(rows: np.ndarray) -> np.ndarray:
+        laid_out = advantages.lay_out(leaves, rows, time)
+        return (
+            laid_out * lay_out_column(leaves, "importance", rows, time) if corrected else laid_out
+        )
+
     return TrainRows(
         tokens=LazyRows(lambda rows: lay_out_column(leaves, "tokens", kept[rows], time)),
         paths=take_rows(paths, kept),
-        advantages=LazyRows(lambda rows: advantages.lay_out(leaves, kept[rows], time)),
+        advantages=LazyRows(lambda rows: weighted(kept[rows])),
         behaviour_logprobs=LazyRows(
             lambda rows: lay_out_column(leaves, "logprobs", kept[rows], time)
         ),

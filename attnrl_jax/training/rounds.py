@@ -27,7 +27,7 @@ from attnrl_jax.training.leaves import (
     initial_leaves,
     lay_out_column,
 )
-from attnrl_jax.training.setup import Setup, Stopwatch, layout
+from attnrl_jax.training.setup import Mismatch, Setup, Stopwatch, layout
 from attnrl_jax.types import LazyRows, Leaves
 
 
@@ -88,7 +88,7 @@ def policy_of(params: Any, setup: Setup, version: int) -> Policy:
     """The policy with these parameters: one jitted change of layout, where there are two."""
     if setup.sampling_mesh is None:
         return Policy(params, params, setup.mesh, setup.mesh, version)
-    sampling = cast_to_mesh(params, setup.model.dtype, setup.sampling_mesh)
+    sampling = cast_to_mesh(params, setup.sampling_model.dtype, setup.sampling_mesh)
     return Policy(params, sampling, setup.mesh, setup.sampling_mesh, version)
 
 
@@ -121,7 +121,7 @@ def generate(
 
     with watch.stage("generate"), under(policy.sampling_mesh):
         samples, stats = sample(
-            policy.sampling, setup.model, requests, task.tokenizer.end_ids,
+            policy.sampling, setup.sampling_model, requests, task.tokenizer.end_ids,
             setup.config.sampler_shapes, on_response=ask, meanwhile=meanwhile,
         )  # fmt: skip
 
@@ -276,9 +276,6 @@ def score(
         lengths = leaves.prompt_length[rows], leaves.length[rows]
         return np.asarray(segment_steps(tokens(rows), *lengths, separators))
 
-    if config.behaviour == "scorer":
-        # Not needed any more, once the round has begun.
-        leaves = dataclasses.replace(leaves, logprobs=[])
     with watch.stage("score"), under(policy.mesh):
         if with_fci:
             leaves = dataclasses.replace(leaves, num_ranges=count_ranges(leaves, separators))
@@ -302,12 +299,39 @@ def score(
         judged = rewards()
         with watch.stage("score"):
             scores = scored()
+            watch.mismatch = watch.mismatch.plus(compare_logprobs(scores.logprobs, leaves.logprobs))
+            importance = leaves.importance
+            if config.importance_cap:
+                importance = rollout.importance_weights(
+                    scores.logprobs, leaves.logprobs, config.importance_cap
+                )
             return dataclasses.replace(
                 leaves,
                 reward=judged,
                 logprobs=scores.logprobs if config.behaviour == "scorer" else leaves.logprobs,
                 entropy=scores.entropy,
+                importance=importance,
                 fci=scores.fci,
             )
 
     return finish
+
+
+def compare_logprobs(scorer: list[np.ndarray], sampler: list[np.ndarray]) -> Mismatch:
+    """How far the log-probabilities of two programs are apart, row by row.
+
+    Both are of the same parameters and tokens; what differs is the order of sums, and the
+    precision. Of several processes each compares its share of the rows.
+    """
+    own = processes.share(len(scorer))
+    found = Mismatch()
+    for ours, theirs, is_own in zip(scorer, sampler, own, strict=True):
+        if is_own and len(ours):
+            apart = np.abs(ours - theirs)
+            found = found.plus(Mismatch(len(apart), float(apart.sum()), float(apart.max())))
+    if processes.count() == 1:
+        return found
+    tokens, total, largest = processes.of_all(
+        np.array([found.tokens, found.total, found.largest], np.float32)
+    ).T
+    return Mismatch(int(tokens.sum()), float(total.sum()), float(largest.max()))

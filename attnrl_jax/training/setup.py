@@ -51,7 +51,10 @@ class Setup:
       mesh: devices of scoring and updates; None for the default device.
       sampling_mesh: devices of sampling, those of `mesh` or others; None: `mesh`.
       reference: parameters of the reference policy; None where the loss has no KL penalty.
+      sampling_dtype: of sampling, where it is not the model's.
       on_stage: called with the name of each stage as it begins.
+      interrupt: called again and again while a step can still be given up without loss (until its
+        update begins), in the same order by all processes; it raises to end the run.
     """
 
     task: Task
@@ -60,7 +63,9 @@ class Setup:
     mesh: Mesh | None = None
     sampling_mesh: Mesh | None = None
     reference: Any = None
+    sampling_dtype: str = ""
     on_stage: Callable[[str], None] = lambda stage: None
+    interrupt: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         if self.reference is None and self.config.loss.kl_beta > 0:
@@ -69,6 +74,17 @@ class Setup:
             )
         if self.is_split and self.config.overlap == "none":
             raise ValueError("devices that only sample (mesh.sampling_devices) need an overlap")
+        if self.is_split and self.sampling_model != self.model:
+            # What these devices sample they also score, with their own copy of the parameters.
+            raise ValueError(
+                f"devices that only sample compute in model.dtype {self.model.dtype}; "
+                f"model.sampling_dtype is {self.sampling_dtype}"
+            )
+
+    @property
+    def sampling_model(self) -> ModelConfig:
+        """The model as sampling computes it."""
+        return self.model.with_dtype(self.sampling_dtype or self.model.dtype)
 
     @property
     def is_split(self) -> bool:
@@ -78,17 +94,41 @@ class Setup:
         return set(self.mesh.devices.flat).isdisjoint(self.sampling_mesh.devices.flat)
 
 
+@dataclass(frozen=True)
+class Mismatch:
+    """How far log-probabilities of the scorer are from those of the sampler, over some tokens.
+
+    Attributes:
+      tokens: how many were compared.
+      total, largest: sum and maximum of the absolute differences, nats; nan where one of them is.
+    """
+
+    tokens: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+
+    def plus(self, other: Mismatch) -> Mismatch:
+        largest = float(np.maximum(self.largest, other.largest))
+        return Mismatch(self.tokens + other.tokens, self.total + other.total, largest)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.tokens, 1)
+
+
 class Stopwatch:
-    """When the stages of one step ran, and how its answers were judged.
+    """When the stages of one step ran, and what was seen meanwhile.
 
     Attributes:
       spans: name, begin and end of every stage, seconds of `time.perf_counter`.
       judged: of all answers of the step.
+      mismatch: of all tokens that were sampled and scored in it.
     """
 
     def __init__(self, on_stage: Callable[[str], None]):
         self.spans: list[tuple[str, float, float]] = []
         self.judged = JudgeCounts()
+        self.mismatch = Mismatch()
         self._on_stage = on_stage
 
     @property

@@ -80,6 +80,11 @@ class TrainConfig:
         `none`, `initial` (initial responses of the next step: nothing gets older) or `all` (the
         whole next round: everything is trained on one step later). `off_policy` only.
       behaviour: whose log-probabilities of sampled tokens count, `scorer` or `sampler`.
+      importance_cap: truncated importance sampling, for a sampler whose precision is not the
+        scorer's: a token's loss counts min(p_scorer / p_sampler, cap) times (Yao et al. 2025,
+        "Your efficient RL framework secretly brings you off-policy RL training"; 2 there). 0
+        leaves it out. `behaviour` must be `scorer`: the sampler's log-probabilities would be in
+        the ratio of the loss already.
       judge: `full` judges prefix and continuation together, `continuation` its own text only (the
         released program).
       keep_unbranched: train on initial responses without a branch.
@@ -87,6 +92,8 @@ class TrainConfig:
       permute_advantages: gives every problem's rows the advantages of another problem's, a
         control which must not learn.
       mini_batch_rows: rows per optimizer update, filled with whole problems.
+      max_not_finite: the run ends when so many updates in a row were skipped because something
+        was not finite; 0 never ends it.
       packing: `tree` lays the tokens that rows share out once in the update, `rows` every row on
         its own, `auto` shares where that gives the same loss (see `shares_prefixes`). Either way
         rows are packed into sequences.
@@ -101,6 +108,7 @@ class TrainConfig:
       eval_temperature: 0 evaluates greedily.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: newest checkpoints that stay on disk.
+      keep_best: checkpoints of the highest held-out accuracy that stay besides.
       seed: of everything random.
     """
 
@@ -116,11 +124,13 @@ class TrainConfig:
     schedule: str = "off_policy"
     overlap: str = "none"
     behaviour: str = "scorer"
+    importance_cap: float = 0.0
     judge: str = "full"
     keep_unbranched: bool = True
     advantage_norm: AdvantageNorm = "none"
     permute_advantages: bool = False
     mini_batch_rows: int = 192
+    max_not_finite: int = 10
     packing: str = "auto"
     pack_length: int = 0
     micro_batch_tokens: int = 16384
@@ -131,6 +141,7 @@ class TrainConfig:
     eval_temperature: float = 1.0
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
+    keep_best: int = 1
     seed: int = 0
     branching: BranchingConfig = field(default_factory=BranchingConfig)
     expansion: AdaptiveExpansionConfig = field(default_factory=AdaptiveExpansionConfig)
@@ -154,7 +165,7 @@ class TrainConfig:
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
         for name in ("steps", "max_sampled_tokens", "eval_every", "eval_problems", "top_k",
-                     "pack_length"):  # fmt: skip
+                     "pack_length", "max_not_finite", "keep_best"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
         for name in ("num_problems", "num_responses", "prompt_budget", "response_budget",
@@ -164,6 +175,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
         if self.overlap != "none" and self.schedule == "on_policy":
             raise ValueError(f"overlap {self.overlap!r} needs schedule 'off_policy'")
+        if self.importance_cap != 0 and not 1 <= self.importance_cap < math.inf:
+            raise ValueError(f"importance_cap must be 0 or at least 1; got {self.importance_cap}")
+        if self.importance_cap and self.behaviour != "scorer":
+            raise ValueError(f"importance_cap needs behaviour 'scorer'; got {self.behaviour!r}")
         if not 0 < self.temperature < math.inf:
             # At temperature 0 the policy has no log-probabilities to train.
             raise ValueError(f"temperature must be > 0 in training; got {self.temperature}")
@@ -244,13 +259,15 @@ class TrainState:
       params: float32 parameters of the policy.
       opt_state: of optax.
       updates: optimizer updates applied.
-      skipped: updates left out because the gradient was not finite.
+      skipped: updates left out because loss, gradient or parameters were not finite.
+      skipped_in_a_row: those since the last that was applied.
     """
 
     params: Any
     opt_state: Any
     updates: Int[Array, ""]
     skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
 
 
 @struct.dataclass
@@ -344,7 +361,7 @@ def abstract_state(params: Any, config: OptimizerConfig, mesh: Mesh) -> TrainSta
 def _build(params: Any, config: OptimizerConfig) -> TrainState:
     params = jax.tree.map(jnp.copy, params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, make_optimizer(config).init(params), zero, zero)
+    return TrainState(params, make_optimizer(config).init(params), zero, zero, zero)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

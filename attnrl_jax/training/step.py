@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attnrl_jax import processes
 from attnrl_jax.algorithms.losses import (
@@ -214,25 +214,41 @@ def accumulate(
 
 @functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
 def apply_gradients(
-    state: TrainState, gradients: Any, optimizer: OptimizerConfig
-) -> tuple[TrainState, Float[Array, ""]]:
-    """One optimizer update; left out, and counted, when the gradient is not finite.
+    state: TrainState, gradients: Any, loss: Float[Array, ""], optimizer: OptimizerConfig
+) -> tuple[TrainState, Float[Array, ""], Bool[Array, ""]]:
+    """One optimizer update; left out, and counted, when the loss, the gradient or what the
+    parameters would become is not finite.
 
     Returns:
-      the new state and the gradient's global norm before clipping.
+      the new state, the gradient's global norm before clipping, and whether the update was
+      applied.
     """
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm)
     updates, opt_state = make_optimizer(optimizer).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(params))
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     state = TrainState(
         params=constrain_parameters(keep(params, state.params)),
         opt_state=constrain_parameters(keep(opt_state, state.opt_state)),
         updates=state.updates + finite.astype(jnp.int32),
         skipped=state.skipped + (~finite).astype(jnp.int32),
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
-    return state, norm
+    return state, norm, finite
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What the optimizer updates of one training step came to.
+
+    Attributes:
+      metrics: averaged over the updates that were applied.
+      not_finite: rows of each mini-batch whose update was skipped.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    not_finite: list[np.ndarray] = field(default_factory=list)
 
 
 def update(*args: Any, **kwargs: Any) -> tuple[TrainState, dict[str, float]]:
@@ -242,8 +258,8 @@ def update(*args: Any, **kwargs: Any) -> tuple[TrainState, dict[str, float]]:
         try:
             next(parts)
         except StopIteration as launched:
-            state, metrics = launched.value
-            return state, metrics()
+            state, report = launched.value
+            return state, report().metrics
 
 
 def launch_update(
@@ -255,7 +271,7 @@ def launch_update(
     reference: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     row_multiple: int = 1,
-) -> Generator[jax.Array, None, tuple[TrainState, Callable[[], dict[str, float]]]]:
+) -> Generator[jax.Array, None, tuple[TrainState, Callable[[], UpdateReport]]]:
     """All optimizer updates of one training step, launched a micro-batch at a time.
 
     Nothing here waits for the devices: while they compute one mini-batch, the next one is packed.
@@ -274,12 +290,12 @@ def launch_update(
       after every launch a number that is there once the devices are done with it.
 
     Returns:
-      the state after, and a function that waits for metrics averaged over the updates that were
-      applied.
+      the state after, and a function that waits for the report.
     """
     collected: list[dict[str, Any]] = []
+    batches = mini_batches(rows.paths.problem, config.mini_batch_rows, rng)
     places = tokens = 0
-    for chosen in mini_batches(rows.paths.problem, config.mini_batch_rows, rng):
+    for chosen in batches:
         placement, micro_batches = pack_rows(rows, config, row_multiple, chosen, sharding)
         tokens += int(placement.used.sum())
         accumulated = no_gradients(state.params)
@@ -296,31 +312,36 @@ def launch_update(
             # The sums are given to the next accumulation.
             yield jnp.copy(accumulated[1].tokens)
         gradients, sums = accumulated
-        state, norm = apply_gradients(state, gradients, config.optimizer)
+        loss = sums.policy_loss + config.loss.kl_beta * sums.kl_loss
+        state, norm, applied = apply_gradients(state, gradients, loss, config.optimizer)
         # Before the next mini-batch has its own.
         del gradients, accumulated
         collected.append(
             {
+                "applied": applied,
                 "gradient_norm": norm,
                 "policy_loss": sums.policy_loss,
-                "loss": sums.policy_loss + config.loss.kl_beta * sums.kl_loss,
+                "loss": loss,
             }
             | sums.per_token()
         )
         yield norm
 
-    def metrics() -> dict[str, float]:
+    def report() -> UpdateReport:
+        found = jax.device_get(collected)
         # Updates that were skipped have nothing finite to say.
-        applied = [m for m in jax.device_get(collected) if np.isfinite(m["gradient_norm"])]
-        names = collected[0] if applied else ()
+        applied = [m for m in found if m["applied"]]
+        names = set(collected[0]) - {"applied"} if applied else ()
         averaged = {name: float(np.mean([m[name] for m in applied])) for name in names}
-        return averaged | {
+        metrics = averaged | {
             "updates": len(applied),
             "padding": 1 - tokens / max(places, 1),
             "sharing": float(rows.paths.length.sum()) / max(tokens, 1),
         }
+        skipped = [chosen for chosen, m in zip(batches, found, strict=True) if not m["applied"]]
+        return UpdateReport(metrics, skipped)
 
-    return state, metrics
+    return state, report
 
 
 @jax.jit

@@ -189,7 +189,8 @@ def update_memory(
     gradient = accumulate.lower(
         gradients, state.params, config, train.loss, micro, None, np.float32(1), train.temperature
     ).compile()
-    step = apply_gradients.lower(state, gradients[0], train.optimizer).compile()
+    loss = jax.ShapeDtypeStruct((), np.float32)
+    step = apply_gradients.lower(state, gradients[0], loss, train.optimizer).compile()
     beside = tree_bytes(state.opt_state)
     return [
         _memory(

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from experiments.plan import SweepError, load_sweep, plan
-from experiments.reporting import read_metrics
+from experiments.records import read_metrics
 from experiments.results import EXIT_CODE, log_path
 from experiments.sweep import _reason, in_use, main
 from experiments.sweep import execute as executed

@@ -33,7 +33,7 @@ def test_resumed_equals_uninterrupted_at_any_step(golden_model, tmp_path, schedu
 
         checkpointer = Checkpointer(tmp_path / f"{schedule}{stop}")
         template = init_state(jax.tree.map(np.array, golden.params), setup.config.optimizer, None)
-        restored = checkpointer.restore(template)
+        restored, _ = checkpointer.restore(template)
         checkpointer.close()
         assert restored.step == stop
         _, resumed, resumed_params = run_steps(restored, setup)
@@ -61,6 +61,7 @@ def test_the_newest_checkpoints_stay_and_give_their_parameters(golden_model, tmp
         params.append(jax.tree.map(lambda x, k=step: np.array(x) + k, golden.params))
         train = init_state(params[step], setup.config.optimizer, None)
         writer.save(dataclasses.replace(state, step=step, train=train))
+    writer.wait()
     assert writer.steps() == [1, 2]
     writer.close()
 

@@ -14,7 +14,7 @@ from attnrl_jax.sharding import MeshConfig, make_meshes, parameter_shardings
 from attnrl_jax.training import step
 from attnrl_jax.training.checkpoint import Checkpointer
 from attnrl_jax.training.loop import start, train_step
-from attnrl_jax.training.state import init_state
+from attnrl_jax.training.state import OptimizerConfig, init_state
 from tests.training.tiny import run_steps, tiny_setup
 from tests.trees import own_tokens, response_tokens
 
@@ -29,6 +29,8 @@ def setup_of(golden, split: bool, **changes):
     devices = jax.devices()[:2]
     config = MeshConfig(data=1, fsdp=-1, sampling_devices=int(split))
     mesh, sampling_mesh = make_meshes(config, devices)
+    # With its usual epsilon Adam turns the rounding of gradients near 0 into whole steps.
+    changes = {"optimizer": OptimizerConfig(learning_rate=1e-2, eps=1e-3)} | changes
     setup = tiny_setup(golden, **changes)
     return dataclasses.replace(setup, mesh=mesh, sampling_mesh=sampling_mesh)
 
@@ -128,7 +130,7 @@ def test_a_run_resumes_with_what_was_sampled_ahead(golden, serial, tmp_path):
     checkpoints = Checkpointer(tmp_path)
     checkpoints.save(state)
     fresh = init_state(golden.params, setup.config.optimizer, setup.mesh)
-    restored = checkpoints.restore(fresh)
+    restored, _ = checkpoints.restore(fresh)
     checkpoints.close()
     assert restored.following is not None
     _, reports, _ = run_steps(restored, setup)
