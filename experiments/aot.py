@@ -181,7 +181,9 @@ def check(
     check_route(model, "tpu")
     devices = slice_devices(topology)
     mesh, sampling_mesh = make_meshes(settings.mesh, devices)
-    programs = run_programs(model, settings.train, mesh, sampling_mesh)
+    programs = run_programs(
+        model, settings.train, mesh, sampling_mesh, settings.model.sampling_dtype
+    )
     wanted = [program for program in programs if only in program.name]
     if not wanted:
         names = ", ".join(program.name for program in programs)

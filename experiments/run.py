@@ -15,48 +15,45 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from attnrl_jax import processes
+from attnrl_jax.compilation.memory import (
+    DeviceMemoryError,
+    check_memory,
+    device_limit,
+    explain_out_of_memory,
+)
 from attnrl_jax.interruption import InterruptedRunError, Interruption
+from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sharding import make_meshes
 from attnrl_jax.training.checkpoint import Checkpointer, SaveError
-from attnrl_jax.training.guards import GuardConfig, collapse_warnings
-from attnrl_jax.training.loop import (
-    NotFiniteError,
-    StepReport,
-    evaluate,
-    finished,
-    start,
-    train_steps,
-)
-from attnrl_jax.training.process_metrics import compilations, process_metrics
+from attnrl_jax.training.loop import NotFiniteError
+from attnrl_jax.training.process_metrics import compilations
 from attnrl_jax.training.setup import Setup
-from attnrl_jax.training.state import LoopState, TrainState, abstract_state, init_state
+from attnrl_jax.training.state import abstract_state, init_state
 from experiments import reporting
 from experiments.commands import config_fault, interrupted, stop
-from experiments.folders import differences, flat
-from experiments.records import METRICS_FILE, RunFolder, read_metrics
+from experiments.folders import flat
+from experiments.records import METRICS_FILE, read_metrics
 from experiments.run_folder import (
     ALLOW,
     as_json,
-    check_notes,
     check_same_settings,
     check_shared,
     claimed_run,
     freed,
-    record_changes,
     record_problems,
 )
-from experiments.settings import build
+from experiments.session import Session
+from experiments.settings import Settings, build
 from experiments.tasks import build_task, load_policy
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
@@ -81,6 +78,7 @@ def run(
       SettingError, ModelError, DataError, FolderError, CheckpointError: what was given cannot be
         used.
       InterruptedRunError: it was asked to stop, and what it had is saved.
+      DeviceMemoryError: it does not fit the devices.
       NotFiniteError, SaveError: it cannot go on; its last checkpoint is whole.
     """
     compilations()
@@ -90,6 +88,7 @@ def run(
     mesh, sampling_mesh = make_meshes(settings.mesh)
     processes.exchange_over(sampling_mesh)
     policy = load_policy(settings, mesh)
+    check_devices(settings, policy.model, mesh, sampling_mesh)
     # What holds the policy below does not hold its parameters: the state has a copy of its own.
     params, policy = policy.params, policy._replace(params=None)
     with processes.first_ahead():
@@ -127,191 +126,36 @@ def run(
         first = (init_state if done is None else abstract_state)(params, train.optimizer, mesh)
         del params
         session = Session(setup, folder, flat(as_json(config)), settings.guards, saved, terminal)
-        begun = session.begin(first) if done is None else session.resume(first, config, free)
-        session.train(begun)
+        try:
+            begun = session.begin(first) if done is None else session.resume(first, config, free)
+            session.train(begun)
+        except Exception as error:
+            explained = explain_out_of_memory(
+                error, terminal.doing, setup.model, train, mesh, sampling_mesh
+            )
+            if explained:
+                raise DeviceMemoryError(explained) from error
+            raise
     return read_metrics(folder / METRICS_FILE) if processes.is_first() else []
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A run between two steps.
+def check_devices(settings: Settings, model: ModelConfig, mesh: Mesh, sampling_mesh: Mesh) -> None:
+    """Asks the compiler whether the run fits its devices, where these say what they have.
 
-    Attributes:
-      state: of the run.
-      pending: metrics of earlier steps that are not on disk.
-      unfinished: metrics of `state.step`, which is still to be evaluated and recorded; None if it
-        was.
-      saved_step: of the checkpoint it comes from; -1 if from none.
+    Raises:
+      DeviceMemoryError: it does not; which settings to lower, and how far.
     """
-
-    state: LoopState
-    pending: tuple[dict[str, float], ...] = ()
-    unfinished: dict[str, float] | None = None
-    saved_step: int = -1
-
-
-class Session:
-    """One run in one process, from its begin or its last checkpoint to its end.
-
-    Args:
-      setup: of the run.
-      folder: of the run.
-      settings: all of them by dotted name, for the checkpoints.
-      guards: when to warn.
-      checkpointer: of the run.
-      terminal: shows progress.
-    """
-
-    def __init__(
-        self,
-        setup: Setup,
-        folder: Path,
-        settings: dict[str, Any],
-        guards: GuardConfig,
-        checkpointer: Checkpointer,
-        terminal: reporting.Terminal,
-    ):
-        self.setup, self.folder, self.settings, self.guards = setup, folder, settings, guards
-        self.checkpointer, self.terminal = checkpointer, terminal
-
-    def begin(self, first: TrainState) -> Begun:
-        """Warms up the pipeline of a new run."""
-        begin = time.perf_counter()
-        state = start(self.setup, first)
-        warm_up = {
-            "step": 0,
-            "tokens/sampled_total": state.sampled_tokens,
-            "seconds/warm_up": time.perf_counter() - begin,
-        }
-        return Begun(state, unfinished=warm_up)
-
-    def resume(self, template: TrainState, config: ConfigDict, free: Sequence[str]) -> Begun:
-        """Reads the newest checkpoint that is whole."""
-        state, notes = self.checkpointer.restore(
-            template,
-            check=lambda notes: check_notes(notes, config, free),
-            on_damaged=self.terminal.warn,
+    if not settings.memory.check:
+        return
+    devices = [*mesh.devices.flat, *sampling_mesh.devices.flat]
+    limit = settings.memory.bytes_per_device or device_limit(devices) or 0
+    if processes.count() > 1:
+        # All compile the same. (MiB fit 32 bits.)
+        limit = int(processes.of_all(np.int32(limit // 2**20)).min()) * 2**20
+    if limit:
+        check_memory(
+            model, settings.train, mesh, sampling_mesh, limit, settings.model.sampling_dtype
         )
-        if processes.is_first():
-            record_changes(self.folder, state.step, differences(notes["settings"], self.settings))
-        unfinished = notes["unfinished"]
-        nothing_left = finished(state, self.setup.config) and unfinished is None
-        left = "nothing left to do" if nothing_left else "continuing"
-        self.terminal.console.print(f"{left} after step {state.step}")
-        return Begun(state, tuple(notes["pending"]), unfinished, state.step)
-
-    def train(self, begun: Begun) -> None:
-        """Runs to the end.
-
-        What ends it early (a signal, a fault) finds it between two steps, or in one that has not
-        begun to change the parameters; then what it has is saved first.
-        """
-        setup, config, terminal = self.setup, self.setup.config, self.terminal
-        state, unfinished = begun.state, begun.unfinished
-        tree, spans = None, []
-        # A step that is still to be recorded may be on disk all the same.
-        recorded = begun.saved_step - (unfinished is not None)
-        with closing(
-            RunFolder(self.folder, recorded, begun.pending, processes.is_first(), terminal.warn)
-        ) as files:
-            try:
-                if unfinished is not None:
-                    score = self._conclude(state, unfinished, files)
-                    unfinished = None
-                    if begun.saved_step < 0:
-                        self._save(state, files, score=score)
-                for state, report in train_steps(state, setup):  # noqa: B020 (the state goes on)
-                    unfinished, spans = report.metrics, report.spans
-                    tree = self._keep(report, files) or tree
-                    score = self._conclude(state, unfinished, files)
-                    unfinished = None
-                    self.checkpointer.check()
-                    if finished(state, config) or state.step % config.checkpoint_every == 0:
-                        self._save(state, files, score=score)
-                    setup.interrupt()
-            except InterruptedRunError as wish:
-                terminal.console.print(f"{wish}: saving what there is after step {state.step}")
-                self._save_last(state, files, unfinished)
-                raise
-            except (NotFiniteError, SaveError):
-                raise
-            except Exception:
-                self._rescue(state, files, unfinished)
-                raise
-            self.checkpointer.wait()
-            files.flush()
-            if tree is not None:
-                terminal.console.print(reporting.draw_tree(tree))
-            if spans and config.overlap != "none":
-                seconds = report.metrics["seconds/step"]
-                terminal.console.print(f"the last step, {seconds:.1f} s:")
-                terminal.console.print(reporting.draw_timeline(spans))
-        if processes.is_first():
-            history = read_metrics(self.folder / METRICS_FILE)
-            reporting.plot_history(history, self.folder / "curve.png")
-
-    def _keep(self, report: StepReport, files: RunFolder) -> dict[str, Any] | None:
-        """Writes what is left of a step besides its metrics; its example tree."""
-        for path in files.write_post_mortem(report):
-            self.terminal.warn(
-                f"an update of step {report.metrics['step']:.0f} was skipped, because loss, "
-                f"gradient or parameters were not finite; its rows are in {path}"
-            )
-        tree = reporting.example_tree(report, self.setup.task.tokenizer)
-        if tree is not None:
-            files.write_tree(int(report.metrics["step"]), tree)
-        return tree
-
-    def _conclude(
-        self, state: LoopState, metrics: dict[str, float], files: RunFolder
-    ) -> float | None:
-        """Evaluates where it is due, and records the step; the accuracy, if it was evaluated."""
-        config = self.setup.config
-        every = config.eval_every
-        if state.step == 0 or finished(state, config) or (every and state.step % every == 0):
-            metrics = metrics | evaluate(state, self.setup)
-        metrics = {"step": metrics["step"], **metrics, **process_metrics()}
-        files.write_metrics(metrics)
-        self.terminal.step(metrics)
-        self.terminal.warn_of(collapse_warnings(metrics, files.first, self.guards))
-        return metrics.get("held_out/accuracy")
-
-    def _save(
-        self,
-        state: LoopState,
-        files: RunFolder,
-        unfinished: dict[str, float] | None = None,
-        score: float | None = None,
-    ) -> None:
-        notes = {"settings": self.settings, "pending": files.pending, "unfinished": unfinished}
-        self.checkpointer.save(state, notes, score)
-
-    def _save_last(
-        self, state: LoopState, files: RunFolder, unfinished: dict[str, float] | None
-    ) -> None:
-        """Saves the state between two steps, unless it is on disk; waits until it is."""
-        self.checkpointer.wait()
-        if self.checkpointer.latest_step() != state.step:
-            self._save(state, files, unfinished)
-        self.checkpointer.wait()
-
-    def _rescue(
-        self, state: LoopState, files: RunFolder, unfinished: dict[str, float] | None
-    ) -> None:
-        """Saves the state before the step in which something failed, if that can be done.
-
-        Several processes need not fail together, and cannot save one by one. An update that has
-        begun has taken the buffers of the state.
-        """
-        leaves = jax.tree.leaves(state.train)
-        if processes.count() > 1 or any(leaf.is_deleted() for leaf in leaves):
-            return
-        try:
-            self._save_last(state, files, unfinished)
-        except Exception as error:
-            self.terminal.warn(f"step {state.step} could not be saved: {error}")
-        else:
-            self.terminal.console.print(f"what there is after step {state.step} is saved")
 
 
 def describe_devices(mesh: Mesh, sampling_mesh: Mesh) -> str:

@@ -84,13 +84,32 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemorySettings:
+    """What is asked of the compiler before the first step.
+
+    Attributes:
+      check: whether every program of the run is compiled, in its largest size, to see that it fits
+        a device. (Few are compiled twice: the run takes what the check has compiled.)
+      bytes_per_device: what a device has; 0 asks the device, and leaves the check out where it
+        does not say (CPUs).
+    """
+
+    check: bool = True
+    bytes_per_device: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_device < 0:
+            raise ValueError(f"bytes_per_device must be >= 0; got {self.bytes_per_device}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """A whole run.
 
     Attributes:
       method: `attnrl`, `treerl`, `random` or `grpo`.
       train: of the loop.
-      model, data, graph, prompt, judging, mesh, guards: of the parts of their names.
+      model, data, graph, prompt, judging, mesh, guards, memory: of the parts of their names.
     """
 
     method: str
@@ -102,6 +121,7 @@ class Settings:
     judging: JudgeConfig
     mesh: MeshConfig
     guards: GuardConfig
+    memory: MemorySettings
 
 
 # What a method means. Everything else is equal, and each of these can be set on its own.
@@ -132,6 +152,7 @@ _SECTIONS = {
     "judging": JudgeConfig,
     "mesh": MeshConfig,
     "guards": GuardConfig,
+    "memory": MemorySettings,
 }
 
 

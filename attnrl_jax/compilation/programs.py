@@ -6,7 +6,8 @@ its devices meanwhile. They follow `training.loop.train_step`:
     parameters, optimizer state, reference   always
     sampling copy                            from the reshard to the update; through it where more
                                              is sampled beside
-    decode state, prefixes                   while sampling
+    decode state, prefixes                   while sampling; decode parameters too where layers are
+                                             unrolled, of which the sampler makes a copy
     gradients                                in the update
 
 Of programs that come in several sizes it is the largest: full micro-batches, prefixes as long as
@@ -61,6 +62,8 @@ class Program:
       arguments, options: what it is called with, by position and by name.
       mesh: where it runs.
       held: bytes per device of what else lies there meanwhile, by name.
+      given: bytes per device of those of its arguments that stay for a while, by name.
+      setting: which one its size follows; empty: none.
       reads_donated, writes_donated: whether it reads, and writes, all of what it is given to keep;
         a decode state is changed in a few places.
       unit: what one execution does.
@@ -71,6 +74,8 @@ class Program:
     arguments: tuple[Any, ...]
     mesh: Mesh
     held: dict[str, int]
+    given: dict[str, int] = field(default_factory=dict)
+    setting: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     reads_donated: bool = True
     writes_donated: bool = True
@@ -105,13 +110,17 @@ class Compiled:
         return self.arguments + self.temporaries + self.outputs + sum(self.held.values())
 
 
-def compile_program(program: Program) -> Compiled:
-    """Compiles a program for the devices of its mesh."""
+def compile_program(program: Program, is_counted: bool = True) -> Compiled:
+    """Compiles a program for the devices of its mesh.
+
+    Args:
+      program: the program.
+      is_counted: whether operations and collectives are counted. Otherwise they are none.
+    """
     with jax.set_mesh(program.mesh):
         traced = program.function.trace(*program.arguments, **program.options)
         compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
-    platform = program.mesh.devices.flat[0].platform
     read, aliased = memory.argument_size_in_bytes, memory.alias_size_in_bytes
     given = bytes_per_device(_arrays((program.arguments, program.options)))
     traffic = read + memory.output_size_in_bytes
@@ -121,9 +130,9 @@ def compile_program(program: Program) -> Compiled:
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - aliased,
         held=program.held | {"arguments not read": max(given - read, 0)},
-        flops=count_flops(traced.jaxpr, platform),
+        flops=count_flops(traced.jaxpr, _platform(program.mesh)) if is_counted else 0,
         traffic=traffic,
-        collectives=count_collectives(compiled.as_text()),
+        collectives=count_collectives(compiled.as_text()) if is_counted else {},
     )
 
 
@@ -132,7 +141,11 @@ def _arrays(tree: Any) -> list[Any]:
 
 
 def run_programs(
-    model: ModelConfig, config: TrainConfig, mesh: Mesh, sampling_mesh: Mesh
+    model: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh,
+    sampling_mesh: Mesh,
+    sampling_dtype: str = "",
 ) -> list[Program]:
     """Every jitted program of a training step, in order.
 
@@ -140,23 +153,49 @@ def run_programs(
       model: the policy.
       config: of training.
       mesh, sampling_mesh: of `sharding.make_meshes`.
+      sampling_dtype: of sampling, where it is not the model's.
     """
-    trees = _Trees(model, config, mesh, sampling_mesh)
+    trees = _Trees(model, config, mesh, sampling_mesh, sampling_dtype)
     return [*_reshard(trees), *_sampling(trees), *_scoring(trees), *_update(trees)]
+
+
+def kept_bytes(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh, sampling_mesh: Mesh
+) -> dict[str, int]:
+    """Bytes per device of what an update has there whatever its batch, by name.
+
+    Args: as in `run_programs`.
+    """
+    trees = _Trees(model, config, mesh, sampling_mesh, "")
+    return trees.bytes_of(mesh, (*trees.always, "gradients"))
 
 
 class _Trees:
     """Abstract arrays of a run: those that stay for a while by name, and batches."""
 
-    def __init__(self, model: ModelConfig, config: TrainConfig, mesh: Mesh, sampling_mesh: Mesh):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        mesh: Mesh,
+        sampling_mesh: Mesh,
+        sampling_dtype: str,
+    ):
         self.model, self.config, self.mesh, self.sampling_mesh = model, config, mesh, sampling_mesh
+        self.sampling_model = model.with_dtype(sampling_dtype or model.dtype)
         self.is_split = set(mesh.devices.flat).isdisjoint(sampling_mesh.devices.flat)
         shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
         self.state = abstract_state(shapes, config.optimizer, mesh)
         self.params = self.state.params
         zeros, sums = jax.eval_shape(step.no_gradients, shapes)
-        self.gradients = (_laid_out(zeros, parameter_shardings(zeros, mesh)), sums)
-        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes)
+        # Laid out as they come out of a program, so that the run finds its programs compiled.
+        whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), sums)
+        self.gradients = (
+            _laid_out(zeros, parameter_shardings(zeros, mesh)),
+            _laid_out(sums, whole),
+        )
+        dtype = self.sampling_model.dtype
+        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
         self.copy = _laid_out(cast, parameter_shardings(cast, sampling_mesh))
         self.held = {
             "parameters": self.params,
@@ -177,6 +216,17 @@ class _Trees:
             if set(_devices(tree)) & set(mesh.devices.flat)
         }
 
+    def around(self, mesh: Mesh, names: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
+        """What a program finds on its devices: `held` and `given` of `Program`.
+
+        Args:
+          mesh: of the program.
+          names: of what lies there.
+          given: those of them that it is called with.
+        """
+        held = [name for name in names if name not in given]
+        return {"held": self.bytes_of(mesh, held), "given": self.bytes_of(mesh, given)}
+
     def rows(self, mesh: Mesh, tokens: int, dtype: Any) -> Any:
         """`[batch, time]` of the largest batch of about so many packed tokens."""
         devices = batch_devices(mesh)
@@ -191,6 +241,10 @@ def _laid_out(tree: Any, shardings: Any) -> Any:
     )
 
 
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
 def _devices(tree: Any) -> list[jax.Device]:
     return list(jax.tree.leaves(tree)[0].sharding.mesh.devices.flat)
 
@@ -202,16 +256,16 @@ def _host(*shape: int, dtype: Any = jnp.int32) -> Any:
 
 def _reshard(trees: _Trees) -> list[Program]:
     """Parameters in the layout of sampling: `sharding.cast_to_mesh`."""
-    held = trees.bytes_of(trees.mesh, ("optimizer state", "reference"))
+    around = trees.around(trees.mesh, trees.always, ["parameters"])
     target = jax.tree.map(lambda x: x.sharding, trees.copy)
 
-    def program(name: str, params: Any, target: Any, mesh: Mesh, held: dict[str, int]) -> Program:
-        cast = sharding.cast_function(params, trees.model.dtype, target)
-        return Program(name, cast, (params,), mesh, held)
+    def program(name: str, params: Any, target: Any, mesh: Mesh, around: dict[str, Any]) -> Program:
+        cast = sharding.cast_function(params, trees.sampling_model.dtype, target)
+        return Program(name, cast, (params,), mesh, **around)
 
     if not trees.is_split:
-        return [program("reshard", trees.params, target, trees.mesh, held)]
-    programs = [program("cast", trees.params, None, trees.mesh, held)]
+        return [program("reshard", trees.params, target, trees.mesh, around)]
+    programs = [program("cast", trees.params, None, trees.mesh, around)]
     if trees.mesh.size == trees.sampling_mesh.size:
         # Shares arrive as they lay, on as many other devices.
         arrived = Mesh(
@@ -220,22 +274,26 @@ def _reshard(trees: _Trees) -> list[Program]:
         )  # fmt: skip
         shares = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
-                x.shape, trees.model.dtype, sharding=NamedSharding(arrived, x.sharding.spec)
+                x.shape,
+                trees.sampling_model.dtype,
+                sharding=NamedSharding(arrived, x.sharding.spec),
             ),
             trees.params,
         )
-        programs.append(program("reshard", shares, target, trees.sampling_mesh, {}))
+        programs.append(program("reshard", shares, target, trees.sampling_mesh, {"held": {}}))
     return programs
 
 
 def _sampling(trees: _Trees) -> list[Program]:
     """The programs of `sampling.sampler.sample`."""
-    model, mesh = trees.model, trees.sampling_mesh
+    model, mesh = trees.sampling_model, trees.sampling_mesh
     sampler, devices = trees.config.sampler_shapes, batch_devices(mesh)
     assert sampler.cache_length is not None
     length = bucket_length(sampler.cache_length, sampler.length_bucket)
     slots = bucket_length(sampler.slots, devices)
-    layers = engine.layer_groups(model, bool(sampler.unroll))
+    # What a run leaves open it decides by its backend, which here is that of the mesh.
+    unroll = sampler.unroll if sampler.unroll is not None else _platform(mesh) != "tpu"
+    layers = engine.layer_groups(model, unroll)
     part = bucket_length(-(-length // sampler.attend_parts), sampler.length_bucket)
 
     state = jax.eval_shape(partial(engine.empty_state, model, slots, length, layers))
@@ -260,44 +318,52 @@ def _sampling(trees: _Trees) -> list[Program]:
     truncated = trees.config.top_p < 1 or trees.config.top_k > 0
 
     trees.held |= {"decode state": state, "prefixes": prefixes}
-    names = (*trees.always, "sampling copy", "decode state", "prefixes")
+    names = [*trees.always, "sampling copy", "decode state", "prefixes"]
+    decoded_with = "sampling copy"
+    if layers > 1:
+        decoded_with = "decode parameters"
+        trees.held[decoded_with] = decoding
+        names.append(decoded_with)
 
-    def held(*passed: str) -> dict[str, int]:
-        return trees.bytes_of(mesh, [name for name in names if name not in passed])
+    def around(setting: str, *given: str, absent: Sequence[str] = ()) -> dict[str, Any]:
+        there = [name for name in names if name not in absent]
+        return trees.around(mesh, there, given) | {"setting": setting}
 
     programs = [
         Program(
             "empty decode state", engine.empty_state, (model, slots, length, layers), mesh,
-            held("decode state", "prefixes"),
+            **around("sampler.slots", absent=("decode state", "prefixes")),
         ),
         # The prefixes of the requests before are held until these are there.
         Program(
             "prefill", engine.prefill, (trees.copy, model, tokens, lengths), mesh,
-            held("sampling copy"), unit=f"{tokens.shape[0]} prefixes of {tokens.shape[1]:,} tokens",
+            **around("sampler.prefill_rows", "sampling copy"),
+            unit=f"{tokens.shape[0]} prefixes of {tokens.shape[1]:,} tokens",
         ),
         Program(
             "insert", engine.insert, (state, prefixes, tokens, admissions), mesh,
-            held("decode state", "prefixes"), reads_donated=False, writes_donated=False,
-            unit=f"{entering} responses begin",
+            **around("sampler.slots", "decode state", "prefixes"),
+            reads_donated=False, writes_donated=False, unit=f"{entering} responses begin",
         ),
         Program(
             "generate", engine.generate,
             (decoding, model, state, _host(1), _host(), _host(), truncated,
              tuple(range(part, length, part))),
             mesh,
-            held("decode state", *(["sampling copy"] if layers == 1 else [])),
+            **around("sampler.slots", "decode state", decoded_with),
             writes_donated=False, unit=f"one token of each of {slots} slots",
         ),
     ]  # fmt: skip
     programs.append(
         Program(
-            "collect", take_slots, (state, one), mesh, held("decode state"),
+            "collect", take_slots, (state, one), mesh, **around("sampler.slots", "decode state"),
             unit=f"{entering} responses end",
         )
     )  # fmt: skip
     if sampler.halvings and slots % (2 * devices) == 0:
         kept = _host(devices, slots // devices // 2)
-        programs.append(Program("narrow", engine.narrow, (state, kept), mesh, held("decode state")))
+        narrowing = around("sampler.slots", "decode state")
+        programs.append(Program("narrow", engine.narrow, (state, kept), mesh, **narrowing))
     return programs
 
 
@@ -321,8 +387,8 @@ def _scoring(trees: _Trees) -> list[Program]:
         places.append((trees.sampling_mesh, trees.copy, ", where sampling is"))
     programs = []
     for mesh, params, where in places:
-        passed = "sampling copy" if where else "parameters"
-        names = [name for name in (*trees.always, "sampling copy") if name != passed]
+        given = "sampling copy" if where else "parameters"
+        around = trees.around(mesh, (*trees.always, "sampling copy"), [given])
         ids, is_wanted = (
             trees.rows(mesh, config.score_batch_tokens, dtype) for dtype in (jnp.int32, jnp.bool_)
         )
@@ -333,7 +399,8 @@ def _scoring(trees: _Trees) -> list[Program]:
             programs.append(
                 Program(
                     name + (", with FCI" if fci else "") + where, score_packed, arguments, mesh,
-                    trees.bytes_of(mesh, names), {"delta": config.branching.delta},
+                    **around, setting="score_batch_tokens",
+                    options={"delta": config.branching.delta},
                     unit="{} sequences of {:,} tokens".format(*ids.shape),
                 )
             )  # fmt: skip
@@ -350,15 +417,16 @@ def _update(trees: _Trees) -> list[Program]:
     batch = TrainBatch(PackedTokens(ids, ids, ids, ids, layout=layout), *[real] * 4)
     unit = "{} sequences of {:,} tokens".format(*ids.shape)
 
-    def held(*passed: str) -> dict[str, int]:
-        names = [*trees.always, "gradients"]
-        if config.overlap != "none":
-            names.append("sampling copy")
-        return trees.bytes_of(mesh, [name for name in names if name not in passed])
+    names = [*trees.always, "gradients"]
+    if config.overlap != "none":
+        names.append("sampling copy")
+
+    def around(*given: str, absent: Sequence[str] = ()) -> dict[str, Any]:
+        return trees.around(mesh, [name for name in names if name not in absent], given)
 
     programs = [
         Program("zero gradients", step.no_gradients, (trees.params,), mesh,
-                held("parameters", "gradients")),
+                **around("parameters", absent=("gradients",))),
     ]  # fmt: skip
     reference = None
     if config.loss.kl_beta > 0:
@@ -366,18 +434,19 @@ def _update(trees: _Trees) -> list[Program]:
         programs.append(
             Program(
                 "reference log-probabilities", step.reference_logprobs,
-                (trees.params, model, batch, config.temperature), mesh, held("reference"),
-                unit=unit,
+                (trees.params, model, batch, config.temperature), mesh, **around("reference"),
+                setting="micro_batch_tokens", unit=unit,
             )
         )  # fmt: skip
     denominator = jax.ShapeDtypeStruct((), np.float32)
     arguments = (trees.gradients, trees.params, model, config.loss, batch, reference, denominator,
                  config.temperature)  # fmt: skip
+    loss = trees.gradients[1].policy_loss
     programs += [
-        Program("accumulate", step.accumulate, arguments, mesh, held("parameters", "gradients"),
-                unit=unit),
+        Program("accumulate", step.accumulate, arguments, mesh, **around("parameters", "gradients"),
+                setting="micro_batch_tokens", unit=unit),
         Program("apply gradients", step.apply_gradients,
-                (trees.state, trees.gradients[0], config.optimizer), mesh,
-                held("parameters", "optimizer state", "gradients"), unit="optimizer update"),
+                (trees.state, trees.gradients[0], loss, config.optimizer), mesh,
+                **around("parameters", "optimizer state", "gradients"), unit="optimizer update"),
     ]  # fmt: skip
     return programs

@@ -76,6 +76,10 @@ class Checkpointer:
             ),
         )
 
+        # Orbax would tell JAX's preemption service of steps, in process 0 alone, where
+        # `interruption` counts calls.
+        self._manager.reached_preemption = lambda step: False
+
     def save(
         self,
         state: LoopState,
@@ -92,7 +96,8 @@ class Checkpointer:
           score: by which the best are kept; None is never among them.
 
         Raises:
-          SaveError: this checkpoint, or the one before, could not be written.
+          SaveError: this checkpoint, or the one before, could not be written; or the state is not
+            finite, and nobody should go on from it.
         """
         counters = {f.name: getattr(state, f.name) for f in fields(state) if f.name in COUNTERS}
         # Orbax refuses an empty tree, and an on-policy run has no rows in flight. It refuses empty
@@ -102,13 +107,19 @@ class Checkpointer:
             for name in ROWS
             if (held := getattr(state, name)) is not None
         }
+        checksums, finite = array_checksums(state.train, "train")
+        if not finite:
+            raise SaveError(
+                f"parameters or optimizer state are not finite after step {state.step}, which is "
+                "therefore not saved; the checkpoints before it are as they were"
+            )
         values = {
             "format": FORMAT,
             "counters": counters,
             "in_flight": list(rows),
             "score": None if score is None else float(score),
             "notes": dict(notes or {}),
-            "checksums": array_checksums(state.train, "train") | _row_checksums(rows),
+            "checksums": checksums | _row_checksums(rows),
         }
         if score is not None:
             self._scores[state.step] = float(score)
@@ -231,7 +242,7 @@ class Checkpointer:
         rows = _together(folder, read_rows)
 
         def put_together() -> LoopState:
-            found = array_checksums(train, "train") | _row_checksums(rows)
+            found = array_checksums(train, "train")[0] | _row_checksums(rows)
             _check_checksums(folder, values["checksums"], found)
             held: dict[str, Any] = dict.fromkeys(ROWS) | {
                 name: from_arrays(arrays) for name, arrays in rows.items()
@@ -292,7 +303,7 @@ class Checkpointer:
                 folder / "train",
                 args=ocp.args.PyTreeRestore(wanted, to_host, partial_restore=True),
             )["params"]
-            found = array_checksums(params, "train/params")
+            found = array_checksums(params, "train/params")[0]
             saved = {name: values["checksums"].get(name) for name in found}
             _check_checksums(folder, saved, found)
             return params

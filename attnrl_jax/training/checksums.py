@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Num, UInt32
+from jaxtyping import Array, Bool, Num, UInt32
 
 from attnrl_jax import processes
 
 
-@jax.jit
 def _checksum(x: Num[Array, "*shape"]) -> UInt32[Array, ""]:
     """Σ_i (2 i + 1) bits_i modulo 2^32, where i counts the elements of x.
 
@@ -33,19 +32,27 @@ def _checksum(x: Num[Array, "*shape"]) -> UInt32[Array, ""]:
     return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
-def array_checksums(tree: Any, prefix: str) -> dict[str, int]:
-    """Checksum of every array of a pytree, by its path below `prefix`.
+@jax.jit
+def _checksums(tree: Any) -> tuple[Any, Bool[Array, ""]]:
+    """Of all arrays in one program: several, launched one after the other, may meet their exchanges
+    in another order in every process."""
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jax.tree.map(_checksum, tree), jnp.all(jnp.stack(finite))
+
+
+def array_checksums(tree: Any, prefix: str) -> tuple[dict[str, int], bool]:
+    """Checksum of every array of a pytree, by its path below `prefix`; whether all is finite.
 
     Args:
       tree: of jax arrays, whole or cut over the devices of all processes, or of numpy arrays.
       prefix: begins every name.
     """
-    sums = jax.tree.map(_checksum, tree)
-    leaves = jax.tree_util.tree_leaves_with_path(processes.to_host(sums))
-    return {
+    sums, finite = processes.to_host(_checksums(tree))
+    named = {
         f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}": int(leaf)
-        for path, leaf in leaves
+        for path, leaf in jax.tree_util.tree_leaves_with_path(sums)
     }
+    return named, bool(finite)
 
 
 def bytes_checksum(x: np.ndarray | bytes) -> int:

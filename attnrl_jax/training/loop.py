@@ -62,8 +62,8 @@ class StepReport:
       leaf_advantages: of `leaves`, before filtering.
       problems: of the step's batch.
       trained: which rows were trained on.
-      not_finite: rows of each optimizer update that was skipped, because loss, gradient or
-        parameters were not finite.
+      not_finite: rows of each optimizer update that was skipped, because loss or gradient
+        was not finite.
       spans: name, begin and end of every stage, in seconds of one clock.
       lay_out: makes `[row, time]` arrays of some rows.
     """
@@ -139,16 +139,22 @@ def train_steps(state: LoopState, setup: Setup) -> Iterator[tuple[LoopState, Ste
     update has begun: its buffers are given to it.
 
     Raises:
-      NotFiniteError: after a step that ended with `max_not_finite` skipped updates in a row.
+      NotFiniteError: after a step that ended with `max_not_finite` skipped updates in a row, or of
+        whose responses none has log-probabilities that are finite.
     """
     while not finished(state, setup.config):
         state, report = train_step(state, setup)
         yield state, report
+        if setup.config.max_not_finite and report.metrics["train/not_finite"] == 1:
+            raise NotFiniteError(
+                f"no response of step {state.step} has log-probabilities that are finite: the "
+                "parameters are of no use any more (a lower optimizer.learning_rate may keep them)"
+            )
         in_a_row = int(state.train.skipped_in_a_row)
         if 0 < setup.config.max_not_finite <= in_a_row:
             raise NotFiniteError(
-                f"the last {in_a_row} updates, up to step {state.step}, were skipped, since loss, "
-                "gradient or parameters were not finite (max_not_finite is "
+                f"the last {in_a_row} updates, up to step {state.step}, were skipped, since loss "
+                "or gradient was not finite (max_not_finite is "
                 f"{setup.config.max_not_finite})"
             )
 

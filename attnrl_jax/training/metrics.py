@@ -44,12 +44,15 @@ def sampling_metrics(
     tokens = np.stack([rows.own_length, rows.split])[:, trained]
     stale = age[tokens > 0]
     entropy = np.concatenate(rows.entropy)
+    usable = np.isfinite(entropy)
+    broken = [not np.isfinite(x).all() for x in rows.logprobs]
     positions = len(plan.list())
     allowed = int(plan.expanded.sum()) * plan.positions.valid.shape[1]
     return {
         "train/accuracy": float(rows.reward[initial].mean()),
         "train/leaf_accuracy": float(rows.reward.mean()),
-        "train/entropy": float(entropy.mean()) if len(entropy) else 0.0,
+        "train/entropy": float(entropy[usable].mean()) if usable.any() else 0.0,
+        "train/not_finite": float(np.mean(broken)),
         "train/response_length": float(response[initial].mean()),
         "train/repetition": repetition(rows.tokens, np.flatnonzero(initial)),
         "train/truncated": float(1.0 - rows.ended[initial].mean()),

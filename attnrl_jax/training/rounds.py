@@ -321,14 +321,17 @@ def compare_logprobs(scorer: list[np.ndarray], sampler: list[np.ndarray]) -> Mis
     """How far the log-probabilities of two programs are apart, row by row.
 
     Both are of the same parameters and tokens; what differs is the order of sums, and the
-    precision. Of several processes each compares its share of the rows.
+    precision. What is not finite is left out. Of several processes each compares its share of the
+    rows.
     """
     own = processes.share(len(scorer))
     found = Mismatch()
     for ours, theirs, is_own in zip(scorer, sampler, own, strict=True):
-        if is_own and len(ours):
+        if is_own:
             apart = np.abs(ours - theirs)
-            found = found.plus(Mismatch(len(apart), float(apart.sum()), float(apart.max())))
+            apart = apart[np.isfinite(apart)]
+            largest = float(apart.max(initial=0.0))
+            found = found.plus(Mismatch(len(apart), float(apart.sum()), largest))
     if processes.count() == 1:
         return found
     tokens, total, largest = processes.of_all(

@@ -100,7 +100,7 @@ class Mismatch:
 
     Attributes:
       tokens: how many were compared.
-      total, largest: sum and maximum of the absolute differences, nats; nan where one of them is.
+      total, largest: sum and maximum of the absolute differences, nats.
     """
 
     tokens: int = 0
@@ -108,7 +108,7 @@ class Mismatch:
     largest: float = 0.0
 
     def plus(self, other: Mismatch) -> Mismatch:
-        largest = float(np.maximum(self.largest, other.largest))
+        largest = max(self.largest, other.largest)
         return Mismatch(self.tokens + other.tokens, self.total + other.total, largest)
 
     @property

@@ -259,7 +259,7 @@ class TrainState:
       params: float32 parameters of the policy.
       opt_state: of optax.
       updates: optimizer updates applied.
-      skipped: updates left out because loss, gradient or parameters were not finite.
+      skipped: updates left out because loss or gradient was not finite.
       skipped_in_a_row: those since the last that was applied.
     """
 

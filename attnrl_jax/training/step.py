@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from attnrl_jax import processes
 from attnrl_jax.algorithms.losses import (
@@ -215,18 +215,17 @@ def accumulate(
 @functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
 def apply_gradients(
     state: TrainState, gradients: Any, loss: Float[Array, ""], optimizer: OptimizerConfig
-) -> tuple[TrainState, Float[Array, ""], Bool[Array, ""]]:
-    """One optimizer update; left out, and counted, when the loss, the gradient or what the
-    parameters would become is not finite.
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One optimizer update; left out, and counted, when the loss or the gradient is not finite.
 
     Returns:
-      the new state, the gradient's global norm before clipping, and whether the update was
-      applied.
+      the new state and the gradient's global norm before clipping.
     """
     norm = optax.tree.norm(gradients)
+    # Nothing of the new parameters is asked: they would have to be held beside the old ones.
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = make_optimizer(optimizer).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(params))
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     state = TrainState(
         params=constrain_parameters(keep(params, state.params)),
@@ -235,7 +234,7 @@ def apply_gradients(
         skipped=state.skipped + (~finite).astype(jnp.int32),
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
-    return state, norm, finite
+    return state, norm
 
 
 @dataclass(frozen=True)
@@ -313,12 +312,11 @@ def launch_update(
             yield jnp.copy(accumulated[1].tokens)
         gradients, sums = accumulated
         loss = sums.policy_loss + config.loss.kl_beta * sums.kl_loss
-        state, norm, applied = apply_gradients(state, gradients, loss, config.optimizer)
+        state, norm = apply_gradients(state, gradients, loss, config.optimizer)
         # Before the next mini-batch has its own.
         del gradients, accumulated
         collected.append(
             {
-                "applied": applied,
                 "gradient_norm": norm,
                 "policy_loss": sums.policy_loss,
                 "loss": loss,
@@ -330,16 +328,17 @@ def launch_update(
     def report() -> UpdateReport:
         found = jax.device_get(collected)
         # Updates that were skipped have nothing finite to say.
-        applied = [m for m in found if m["applied"]]
-        names = set(collected[0]) - {"applied"} if applied else ()
+        is_applied = [bool(np.isfinite([m["gradient_norm"], m["loss"]]).all()) for m in found]
+        applied = [m for m, is_in in zip(found, is_applied, strict=True) if is_in]
+        names = collected[0] if applied else ()
         averaged = {name: float(np.mean([m[name] for m in applied])) for name in names}
         metrics = averaged | {
             "updates": len(applied),
             "padding": 1 - tokens / max(places, 1),
             "sharing": float(rows.paths.length.sum()) / max(tokens, 1),
         }
-        skipped = [chosen for chosen, m in zip(batches, found, strict=True) if not m["applied"]]
-        return UpdateReport(metrics, skipped)
+        pairs = zip(batches, is_applied, strict=True)
+        return UpdateReport(metrics, [chosen for chosen, is_in in pairs if not is_in])
 
     return state, report
 

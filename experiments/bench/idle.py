@@ -188,7 +188,7 @@ class IdleDevices:
                 "no_gradients": lambda params: (None, self._sums()),
                 "reference_logprobs": lambda *_: None,
                 "accumulate": lambda *_: (None, self._sums()),
-                "apply_gradients": lambda state, *_: (state, np.float32(1), np.bool_(True)),
+                "apply_gradients": lambda state, *_: (state, np.float32(1)),
             },
             rounds: {
                 "layout": lambda mesh: share,

@@ -232,8 +232,9 @@ def test_every_device_is_given_its_share_of_the_update(update_of_sixteen):
     for layers in (2, 4):
         arguments = update_of_sixteen[f"accumulate {layers}"][0]
         assert arguments == 2 * share_of_parameters(layers) + batch
-    # Parameters, two moments, gradients; updates, those skipped, and AdamW's own count.
-    assert update_of_sixteen["apply gradients 4"][0] == 4 * share_of_parameters(4) + 3 * 4
+    # Parameters, two moments, gradients; updates, those skipped, those in a row, AdamW's own count
+    # and the loss.
+    assert update_of_sixteen["apply gradients 4"][0] == 4 * share_of_parameters(4) + 5 * 4
 
 
 def test_no_device_replicates_what_is_cut(update_of_sixteen):

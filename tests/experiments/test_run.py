@@ -12,53 +12,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from attnrl_jax.models.config import ModelError
 from attnrl_jax.tasks.problems import DataError
-from attnrl_jax.training.checkpoint import CheckpointError
 from experiments.configs import attnrl_graph, attnrl_hf
 from experiments.folders import FolderError
 from experiments.records import read_metrics
-from experiments.reporting import Terminal, draw_timeline
-from experiments.run import result_line, run
+from experiments.reporting import draw_timeline
+from experiments.run import result_line
 from experiments.run_folder import claimed_run
 from experiments.settings import SettingError, default_config
+from tests.experiments.runs import crash, execute, small, without_clock
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = ROOT / "tests" / "data" / "golden" / "models" / "qwen2_tied"
-
-
-def small(config, steps=3):
-    """The same run, a few responses wide; eight simulated devices share its batches."""
-    config.steps = steps
-    config.num_problems = 4
-    config.num_responses = 4
-    config.eval_every = 2
-    config.checkpoint_every = 1
-    config.data.held_out_size = 16
-    config.score_batch_tokens = 4096
-    config.micro_batch_tokens = 4096
-    config.length_multiple = 256
-    config.sampler.slots = 32
-    return config
-
-
-def execute(config, folder):
-    with open(os.devnull, "w") as nowhere:
-        return run(config, folder, Console(file=nowhere))
-
-
-def without_clock(history):
-    clock = ("seconds/", "process/")
-    return [{k: v for k, v in m.items() if not k.startswith(clock)} for m in history]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Folder and history of an uninterrupted run of the default configuration."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, execute(small(attnrl_graph.get_config()), folder)
 
 
 def test_a_run_leaves_its_folder(finished):
@@ -118,26 +85,6 @@ def test_example_trees_hold_text_values_and_importance(finished):
             branched = [s for s in root["steps"] if s["start"] == leaf["split"]]
             assert branched
             assert branched[0]["fci"] > 0
-
-
-class CrashError(Exception):
-    pass
-
-
-def crash(config, folder, stage, occurrence):
-    """Stops a run while it works on a step, as a machine that goes away would."""
-    left = occurrence
-
-    def stop(self, name):
-        nonlocal left
-        left -= name == stage
-        if left < 0:
-            raise CrashError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Terminal, "stage", stop)
-        with pytest.raises(CrashError):
-            execute(config, folder)
 
 
 @pytest.mark.parametrize(("stage", "occurrence"), [("generate", 2), ("update", 1)])
