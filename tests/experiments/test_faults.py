@@ -324,7 +324,7 @@ def test_problems_that_vanish_end_the_run_after_what_it_has(tmp_path):
 
 def test_what_does_not_fit_the_devices_is_refused_before_the_first_step(tmp_path):
     config = config_of()
-    config.memory.bytes_per_device = 9 * 2**20
+    config.memory.bytes_per_device = 12 * 2**20
     with pytest.raises(DeviceMemoryError, match=r"Lower .* from \d+ to \d+"):
         execute(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

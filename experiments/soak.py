@@ -1,0 +1,145 @@
+"""A long run: does its memory grow, does it compile again, do its files grow?
+
+    python -m experiments.soak --minutes=60 --out=experiments/soak_results/default.json
+
+Runs the default task with small steps, so that there are many of them, ends it as a scheduler would
+(SIGTERM), and reports what the run folder says. Exit code 1 where the resident set grew by more
+than 2 % after warm-up, or a program was compiled after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import commands
+from experiments.folders import write_atomically
+from experiments.records import METRICS_FILE, read_metrics
+
+# Steps of a few seconds, evaluations and checkpoints between them.
+SETTINGS = (
+    "steps=1000000", "num_problems=4", "data.held_out_size=64", "eval_every=50",
+    "checkpoint_every=20", "batch_size.bounds=(0.5,2.0)",
+)  # fmt: skip
+# Share of the steps that count as warm-up: programs are compiled, caches fill.
+WARM_UP = 0.1
+MOST_GROWTH = 0.02
+
+
+class SoakError(RuntimeError):
+    """A run that did not get as far as to be measured."""
+
+
+def soak(minutes: float, workdir: Path, settings: Sequence[str] = SETTINGS) -> None:
+    """Runs for so long in a process of its own, and ends it by SIGTERM.
+
+    Raises:
+      SoakError: it ended otherwise.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "experiments.run", f"--workdir={workdir / 'run'}"]
+    command += [f"--config.{setting}" for setting in settings]
+    with (workdir / "log").open("w") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            running.wait(timeout=60 * minutes)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGTERM)
+        code = running.wait(timeout=300)
+    if code != 128 + signal.SIGTERM:
+        raise SoakError(f"the run ended with exit code {code}; its output is in {workdir / 'log'}")
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """What a run folder says of memory, compilations and files.
+
+    Args:
+      folder: of the run.
+
+    Raises:
+      SoakError: it has fewer than 100 steps.
+    """
+    history = read_metrics(folder / METRICS_FILE)[1:]
+    if len(history) < 100:
+        raise SoakError(f"{folder} has {len(history)} steps; at least 100 are needed")
+    first = int(WARM_UP * len(history))
+    after = history[first:]
+    resident = np.array([m["process/resident_gib"] for m in after])
+    third = len(resident) // 3
+    begin, end = float(resident[:third].mean()), float(resident[-third:].mean())
+    compiled = np.array([m["process/compilations"] for m in history])
+    sizes = {
+        name: sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
+        for name in ("checkpoints", "trees", "tensorboard")
+    }
+    sizes[METRICS_FILE] = (folder / METRICS_FILE).stat().st_size
+    return {
+        "steps": len(history),
+        "seconds": round(sum(m["seconds/step"] for m in history), 1),
+        "warm_up_steps": first,
+        "resident_gib_first_third": round(begin, 4),
+        "resident_gib_last_third": round(end, 4),
+        "resident_gib_largest": round(float(resident.max()), 4),
+        "resident_growth": round(end / begin - 1, 4),
+        "compilations_in_warm_up": int(compiled[:first].sum()),
+        "compilations_after": int(compiled[first:].sum()),
+        "last_step_that_compiled": int(np.flatnonzero(compiled).max(initial=-1)) + 1,
+        "bytes": sizes,
+        "bytes_per_step": {
+            name: round(sizes[name] / len(history)) for name in (METRICS_FILE, "tensorboard")
+        },
+        "trees": len(list((folder / "trees").iterdir())),
+        "skipped_steps": int(history[-1]["step/skipped_total"]),
+    }
+
+
+def is_good(measured: dict[str, Any]) -> bool:
+    """Whether nothing grew that must not."""
+    return measured["resident_growth"] <= MOST_GROWTH and not measured["compilations_after"]
+
+
+def main(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = arguments.workdir or Path(temporary)
+        begin = time.monotonic()
+        soak(arguments.minutes, workdir)
+        measured = {
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "python": platform.python_version(),
+            "minutes": round((time.monotonic() - begin) / 60, 1),
+            "settings": list(SETTINGS),
+        } | measure(workdir / "run")
+    text = json.dumps(measured, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.out, text + "\n")
+    if not is_good(measured):
+        sys.exit(1)
+
+
+def command() -> None:
+    """The command line."""
+    parser = commands.parser(__doc__, "soak")
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long the run goes on")
+    parser.add_argument("--workdir", type=Path, help="keeps the run folder here")
+    parser.add_argument("--out", type=Path, help="JSON file of what was measured")
+    commands.guarded(main, parser.parse_args(), "give the same command again")
+
+
+if __name__ == "__main__":
+    command()
