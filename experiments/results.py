@@ -21,6 +21,8 @@ from experiments.folders import write_atomically
 from experiments.records import read_metrics
 from experiments.tables import one_line, table
 
+# Exit codes of a run that was stopped from outside (Ctrl-C, SIGTERM), and saved what it had.
+INTERRUPTED = ("130", "143")
 # Last line that a sweep writes into the log of a run that ended by itself.
 EXIT_CODE = "[sweep] exit code {}"
 
@@ -134,7 +136,7 @@ def _failed(log: Path) -> bool:
     lines = log.read_text(errors="replace").splitlines()
     pattern = re.escape(EXIT_CODE.format("@")).replace("@", r"(-?\d+)")
     found = re.fullmatch(pattern, lines[-1]) if lines else None
-    return found is not None and found[1] != "0"
+    return found is not None and found[1] not in ("0", *INTERRUPTED)
 
 
 def groups(results: Sequence[Result]) -> list[list[Result]]:

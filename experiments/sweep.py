@@ -89,8 +89,8 @@ def _end(process: subprocess.Popen, at_once: bool) -> None:
     """Ends a run as Ctrl-C does; then, should it not, by force."""
     if at_once:
         process.terminate()
-    # A terminal has sent Ctrl-C to the run as well; a second one would disturb its ending.
-    for seconds, send in ((5, process.send_signal), (60, lambda _: process.kill())):
+    # A terminal has sent Ctrl-C to the run as well. A second one would disturb its saving.
+    for seconds, send in ((60, process.send_signal), (30, lambda _: process.kill())):
         try:
             process.wait(seconds)
             return
