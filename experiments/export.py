@@ -36,7 +36,7 @@ class ExportError(ValueError):
 def export(
     workdir: str | Path,
     out: str | Path,
-    step: int | None = None,
+    step: int | str | None = None,
     source: str | Path | None = None,
 ) -> int:
     """Writes the parameters of a run after a step as a folder like the one it started from.
@@ -48,7 +48,8 @@ def export(
     Args:
       workdir: run folder.
       out: folder to make; must not exist or be empty (and not the present one).
-      step: one whose checkpoint is there; by default the newest.
+      step: one whose checkpoint is there, or `best`: that of the highest held-out accuracy; by
+        default the newest.
       source: folder that the run started from, where it is no longer at `model.path`.
 
     Returns:
@@ -70,6 +71,10 @@ def export(
             raise ExportError(f"{workdir} has no checkpoint yet")
         if step is None:
             step = steps[-1]
+        if step == "best":
+            step = checkpointer.best_step()
+            if step is None:
+                raise ExportError(f"no checkpoint of {workdir} is of a step that was evaluated")
         if step not in steps:
             there = ", ".join(map(str, steps))
             raise ExportError(f"{workdir} has no checkpoint of step {step}; there are: {there}")
@@ -111,6 +116,12 @@ def _shapes(model: ModelConfig) -> Any:
     return jax.eval_shape(functools.partial(init_params, model), jax.eval_shape(jax.random.key, 0))
 
 
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number or best; got {text!r}")
+    return text if text == "best" else int(text)
+
+
 def main(arguments: argparse.Namespace) -> None:
     step = export(arguments.workdir, arguments.out, arguments.step, arguments.source)
     print(f"the policy after step {step} is in {arguments.out}")
@@ -121,7 +132,11 @@ def command(argv: list[str] | None = None) -> None:
     parser = commands.parser(__doc__, "export")
     parser.add_argument("--workdir", required=True, metavar="RUN", help="run folder")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="step to export (default: the newest checkpoint)"
+        "--step",
+        type=_step,
+        metavar="N",
+        help="step to export, or `best`: the checkpoint of the highest held-out accuracy (default: "
+        "the newest checkpoint)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(

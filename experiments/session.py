@@ -123,7 +123,8 @@ class Session:
                     score = self._conclude(state, unfinished, files)
                     unfinished = None
                     self.checkpointer.check()
-                    if finished(state, config) or state.step % config.checkpoint_every == 0:
+                    due = finished(state, config) or state.step % config.checkpoint_every == 0
+                    if due or self._is_best(score):
                         self._save(state, files, score=score)
                     setup.interrupt()
             except InterruptedRunError as wish:
@@ -172,6 +173,12 @@ class Session:
         self.terminal.step(metrics)
         self.terminal.warn_of(collapse_warnings(metrics, files.first, self.guards))
         return metrics.get("held_out/accuracy")
+
+    def _is_best(self, score: float | None) -> bool:
+        """Whether a step that was evaluated is worth a checkpoint of its own."""
+        if score is None or self.setup.config.keep_best == 0:
+            return False
+        return self.checkpointer.would_be_best(score)
 
     def _save(
         self,

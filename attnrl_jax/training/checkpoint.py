@@ -171,6 +171,10 @@ class Checkpointer:
         """The step of the highest score, the newest of equals; None where none has one."""
         return max(_best(self.steps(), self._scores, 1), default=None)
 
+    def would_be_best(self, score: float) -> bool:
+        """Whether no checkpoint that is kept has such a score."""
+        return score > max((self._scores[s] for s in self.steps() if s in self._scores), default=-1)
+
     def steps(self) -> list[int]:
         """Steps saved, the oldest first."""
         return sorted(self._manager.all_steps())

@@ -108,7 +108,8 @@ class TrainConfig:
       eval_temperature: 0 evaluates greedily.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: newest checkpoints that stay on disk.
-      keep_best: checkpoints of the highest held-out accuracy that stay besides.
+      keep_best: checkpoints of the highest held-out accuracy that stay besides; an evaluation
+        better than these is saved whenever it comes.
       seed: of everything random.
     """
 

@@ -61,13 +61,13 @@ def companions(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".safetensors"}
 
 
-def fake_run(folder, golden, params, step=0):
+def fake_run(folder, golden, params, step=0, score=None):
     """A run folder with one checkpoint of given parameters."""
     zeros = {f.name: 0 for f in dataclasses.fields(LoopState)}
     train = init_state(jax.tree.map(np.array, params), OptimizerConfig(), None)
-    checkpointer = Checkpointer(folder / "checkpoints")
+    checkpointer = Checkpointer(folder / "checkpoints", keep=1, keep_best=1)
     rows = dict.fromkeys(ROWS)
-    checkpointer.save(LoopState(**zeros | rows | {"train": train, "step": step}))
+    checkpointer.save(LoopState(**zeros | rows | {"train": train, "step": step}), score=score)
     checkpointer.close()
     (folder / "config.json").write_text(json.dumps({"model": {"path": str(golden.folder)}}))
     return folder
@@ -96,6 +96,19 @@ def test_the_command_on_one_device(trained, tmp_path):
     changed = [name for name in new if new[name] != old[name]]
     assert len(changed) > len(new) / 2
     assert companions(out) == companions(shipped_policy())
+
+
+def test_the_best_checkpoint(tmp_path, golden_model):
+    """By its score, wherever it is; of a run without evaluations there is none."""
+    golden = golden_model("qwen2_tied")
+    folder = tmp_path / "run"
+    for step, score in ((1, 0.2), (2, 0.7), (3, 0.4)):
+        params = jax.tree.map(lambda x, k=step: x + k, golden.params)
+        fake_run(folder, golden, params, step, score)
+    assert export(folder, tmp_path / "out", step="best") == 2
+    other = fake_run(tmp_path / "other", golden, golden.params)
+    with pytest.raises(ExportError, match="is of a step that was evaluated"):
+        export(other, tmp_path / "none", step="best")
 
 
 def test_a_new_run_starts_from_the_exported_folder(trained, tmp_path):

@@ -127,6 +127,7 @@ def test_the_best_stay_beside_the_newest(begun, tmp_path):
         # Of equals the newer.
         assert writer.steps() == [3, 5, 6]
         assert writer.best_step() == 3
+        assert [writer.would_be_best(score) for score in (0.9, 0.91)] == [False, True]
     with closing(Checkpointer(tmp_path / "run", keep=2, keep_best=1)) as again:
         assert again.best_step() == 3
         again.save(dataclasses.replace(state, step=7), score=0.95)
