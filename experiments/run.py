@@ -28,6 +28,7 @@ from attnrl_jax import processes
 from attnrl_jax.compilation.memory import (
     DeviceMemoryError,
     check_memory,
+    compile_every_size,
     device_limit,
     explain_out_of_memory,
 )
@@ -140,11 +141,16 @@ def run(
 
 
 def check_devices(settings: Settings, model: ModelConfig, mesh: Mesh, sampling_mesh: Mesh) -> None:
-    """Asks the compiler whether the run fits its devices, where these say what they have.
+    """Asks the compiler whether the run fits its devices, where these say what they have; compiles
+    the rest, where that is wanted.
 
     Raises:
       DeviceMemoryError: it does not; which settings to lower, and how far.
     """
+    if settings.memory.every_size:
+        compile_every_size(
+            model, settings.train, mesh, sampling_mesh, settings.model.sampling_dtype
+        )
     if not settings.memory.check:
         return
     devices = [*mesh.devices.flat, *sampling_mesh.devices.flat]

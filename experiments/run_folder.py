@@ -37,7 +37,7 @@ FREE_TO_CHANGE = (
     "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints", "keep_best",
     "max_not_finite", "data.cache", "judging.workers",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sampling_tensor", "mesh.sampling_devices",
-    "memory.check", "memory.bytes_per_device",
+    "memory.check", "memory.bytes_per_device", "memory.every_size",
     "guards.min_entropy", "guards.max_entropy", "guards.length_drop", "guards.max_truncated",
     "guards.max_repetition", "guards.max_lost_answers", "guards.max_mismatch",
 )  # fmt: skip

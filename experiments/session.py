@@ -24,7 +24,7 @@ from attnrl_jax.training.loop import (
     start,
     train_steps,
 )
-from attnrl_jax.training.process_metrics import process_metrics
+from attnrl_jax.training.process_metrics import process_metrics, return_memory
 from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import LoopState, TrainState
 from experiments import reporting
@@ -189,6 +189,7 @@ class Session:
     ) -> None:
         notes = {"settings": self.settings, "pending": files.pending, "unfinished": unfinished}
         self.checkpointer.save(state, notes, score)
+        return_memory()
 
     def _save_last(
         self, state: LoopState, files: RunFolder, unfinished: dict[str, float] | None

@@ -6,6 +6,7 @@ Unknown or contradictory settings are refused here, by name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -92,10 +93,13 @@ class MemorySettings:
         a device. (Few are compiled twice: the run takes what the check has compiled.)
       bytes_per_device: what a device has; 0 asks the device, and leaves the check out where it
         does not say (CPUs).
+      every_size: whether programs are compiled before the first step in every size in which they
+        may come, rather than when one is first met: a longer start, and no wait later.
     """
 
     check: bool = True
     bytes_per_device: int = 0
+    every_size: bool = False
 
     def __post_init__(self) -> None:
         if self.bytes_per_device < 0:
@@ -202,8 +206,8 @@ def build(config: ConfigDict) -> Settings:
     """
     values = config.to_dict()
     method = values.pop("method", None)
-    if method not in METHODS:
-        raise SettingError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise SettingError(f"method must be one of {', '.join(METHODS)}; got {_shown(method)}")
     for section, decided in METHODS[method].items():
         given = values.get(section)
         if isinstance(given, dict):
@@ -221,7 +225,7 @@ def build(config: ConfigDict) -> Settings:
 
 def _build(kind: type, values: Any, place: str) -> Any:
     if not isinstance(values, dict):
-        raise SettingError(f"{place} must be a group of settings; got {values!r}")
+        raise SettingError(f"{place} must be a group of settings; got {_shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     prefix = f"{place}." if place else ""
     for name in values:
@@ -242,7 +246,10 @@ def _build(kind: type, values: Any, place: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """Lists become tuples and integers floats; anything else must have the type it is to have."""
+    """Lists become tuples and integers floats; anything else must have the type it is to have.
+
+    No setting may be nan, which no comparison refuses, or an integer that 64 bits do not hold.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for option in options:
@@ -259,14 +266,25 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(options):
             return tuple(_coerce(v, t, name) for v, t in zip(value, options, strict=True))
+    elif hint in (int, float) and type(value) is int and not -(2**63) <= value < 2**63:
+        raise SettingError(f"{name} must be an integer of 64 bits; got {_shown(value)}")
     elif hint is float and type(value) in (int, float):
+        if math.isnan(value):
+            raise SettingError(f"{name} must be a number; got nan")
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
     if value is None:
         # A configuration file that leaves it to the command line sets it to None.
         raise SettingError(f"{name} must be given: --config.{name}=...")
-    raise SettingError(f"{name} must be {_describe(hint)}; got {value!r}")
+    raise SettingError(f"{name} must be {_describe(hint)}; got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more than 4,300 digits is not written out
+        return f"a {type(value).__name__} of too many digits to show"
 
 
 def _describe(hint: Any) -> str:

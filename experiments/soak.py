@@ -32,7 +32,7 @@ from experiments.records import METRICS_FILE, read_metrics
 # Steps of a few seconds, evaluations and checkpoints between them.
 SETTINGS = (
     "steps=1000000", "num_problems=4", "data.held_out_size=64", "eval_every=50",
-    "checkpoint_every=20", "batch_size.bounds=(0.5,2.0)",
+    "checkpoint_every=20", "batch_size.bounds=(0.5,2.0)", "memory.every_size=True",
 )  # fmt: skip
 # Share of the steps that count as warm-up: programs are compiled, caches fill.
 WARM_UP = 0.1

@@ -106,6 +106,26 @@ def device_limit(devices: Sequence[jax.Device]) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def compile_every_size(
+    model: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh,
+    sampling_mesh: Mesh,
+    sampling_dtype: str = "",
+) -> int:
+    """Compiles what a training step may run, in every size in which it may come, so that a run that
+    follows in this process compiles nothing later. Arguments as `check_memory`.
+
+    Returns:
+      the number of programs.
+    """
+    programs = run_programs(model, config, mesh, sampling_mesh, sampling_dtype, every_size=True)
+    for program in programs:
+        with jax.set_mesh(program.mesh):
+            program.function.lower(*program.arguments, **program.options).compile()
+    return len(programs)
+
+
 def check_memory(
     model: ModelConfig,
     config: TrainConfig,

@@ -16,6 +16,8 @@ the cache, slots before they are narrowed.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,6 +148,7 @@ def run_programs(
     mesh: Mesh,
     sampling_mesh: Mesh,
     sampling_dtype: str = "",
+    every_size: bool = False,
 ) -> list[Program]:
     """Every jitted program of a training step, in order.
 
@@ -154,9 +157,22 @@ def run_programs(
       config: of training.
       mesh, sampling_mesh: of `sharding.make_meshes`.
       sampling_dtype: of sampling, where it is not the model's.
+      every_size: whether programs that come in several sizes are there in each; the largest comes
+        first.
     """
     trees = _Trees(model, config, mesh, sampling_mesh, sampling_dtype)
-    return [*_reshard(trees), *_sampling(trees), *_scoring(trees), *_update(trees)]
+    parts = [(1, trees)]
+    if every_size:
+        # As `packing.deal_batches` cuts them.
+        parts = [(part, trees.with_batches_of(part)) for part in (1, 2, 4)]
+    scoring = [program for _, smaller in parts for program in _scoring(smaller)]
+    updates = [
+        program
+        for part, smaller in parts
+        for program in _update(smaller)
+        if part == 1 or program.setting == "micro_batch_tokens"
+    ]
+    return [*_reshard(trees), *_sampling(trees, every_size), *scoring, *updates]
 
 
 def kept_bytes(
@@ -206,6 +222,18 @@ class _Trees:
         if config.loss.kl_beta > 0:
             self.held["reference"] = self.params
         self.always = ("parameters", "optimizer state", "reference")
+
+    def with_batches_of(self, part: int) -> _Trees:
+        """The same, but that whole batches are a half or a quarter, rounded up."""
+        devices = batch_devices(self.mesh)
+        length = self.config.packed_length(devices)
+        sizes: dict[str, Any] = {"pack_length": length}
+        for name in ("score_batch_tokens", "micro_batch_tokens"):
+            whole = max(getattr(self.config, name) // length // devices, 1)
+            sizes[name] = -(-whole // part) * length * devices
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, **sizes)
+        return other
 
     def bytes_of(self, mesh: Mesh, names: Sequence[str]) -> dict[str, int]:
         """Bytes per device of what is held on the devices of a mesh."""
@@ -284,7 +312,7 @@ def _reshard(trees: _Trees) -> list[Program]:
     return programs
 
 
-def _sampling(trees: _Trees) -> list[Program]:
+def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
     """The programs of `sampling.sampler.sample`."""
     model, mesh = trees.sampling_model, trees.sampling_mesh
     sampler, devices = trees.config.sampler_shapes, batch_devices(mesh)
@@ -364,7 +392,40 @@ def _sampling(trees: _Trees) -> list[Program]:
         kept = _host(devices, slots // devices // 2)
         narrowing = around("sampler.slots", "decode state")
         programs.append(Program("narrow", engine.narrow, (state, kept), mesh, **narrowing))
-    return programs
+    if not every_size:
+        return programs
+
+    widths = {
+        min(few_lengths(needed, sampler.length_bucket), length)
+        for needed in range(sampler.length_bucket, length, sampler.length_bucket)
+    }
+    for width in sorted(widths - {tokens.shape[1]}):
+        narrower = _host(tokens.shape[0], width)
+        kv = jax.eval_shape(partial(engine.prefill, config=model), trees.copy, tokens=narrower,
+                            lengths=lengths)  # fmt: skip
+        kv = jax.tree.map(partial(_over_slots, mesh), kv)
+        programs += [
+            Program("prefill", engine.prefill, (trees.copy, model, narrower, lengths), mesh, {}),
+            Program("insert", engine.insert, (state, kv, narrower, admissions), mesh, {}),
+        ]
+    least, few = -(-slots // 2**sampler.halvings), _host(-(-entering // 4))
+    left = slots
+    while True:
+        here = jax.eval_shape(partial(engine.empty_state, model, left, length, layers))
+        here = jax.tree.map(partial(_over_slots, mesh), here)
+        narrows = left % (2 * devices) == 0 and left // 2 >= least
+        programs += [
+            Program("collect", take_slots, (here, which), mesh, {}) for which in (one, few)
+        ]
+        if left < slots:
+            arguments = (decoding, model, here, *programs[3].arguments[3:])
+            programs.append(Program("generate", engine.generate, arguments, mesh, {}))
+            if narrows:
+                kept = _host(devices, left // devices // 2)
+                programs.append(Program("narrow", engine.narrow, (here, kept), mesh, {}))
+        if not narrows:
+            return programs
+        left //= 2
 
 
 def _over_slots(mesh: Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

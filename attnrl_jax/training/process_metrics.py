@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 
 import jax
@@ -52,3 +54,10 @@ def process_metrics() -> dict[str, float]:
         "process/compilations": compilations().since_last(),
         "process/resident_gib": resident_bytes() / 2**30,
     }
+
+
+def return_memory() -> None:
+    """Gives back to the system what was freed: glibc keeps it, in pieces that grow in number over
+    a long run (here a third of the resident set). Takes milliseconds; elsewhere does nothing."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
