@@ -304,7 +304,7 @@ def _place(
     firsts = np.flatnonzero(other_problem).tolist()
     waiting = [
         (-size(begin, end), begin, end)
-        for begin, end in zip(firsts, [*firsts[1:], len(lengths)], strict=True)
+        for begin, end in zip(firsts, [*firsts, len(lengths)][1:], strict=True)
     ]
     heapq.heapify(waiting)
     rooms: list[tuple[int, int]] = []

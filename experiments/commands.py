@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from itertools import dropwhile
 from typing import NoReturn
 
 from attnrl_jax.processes import ProcessError
@@ -41,10 +42,10 @@ def config_fault(error: Exception) -> str:
         words = text.replace("\\n", ". ").replace("\\", "").replace("'", "").replace('"', "")
         if "attribute get_config" in words:
             return "the file of --config has no get_config()"
-        return f"unknown setting {words}"
+        return " ".join(f"unknown setting {words}".split())
     if TRACEBACK in text:
         # The configuration file itself raised: its own words are enough.
-        return re.sub(r"^.*?\w*Error: ", "", without_traceback(text).rpartition("file:")[2].strip())
+        return re.sub(r"^\w*Error: ", "", _raised(text.partition(TRACEBACK)[2]))
     return " ".join(text.split())
 
 
@@ -53,11 +54,17 @@ def without_traceback(message: str) -> str:
     before, traceback, after = message.partition(TRACEBACK)
     if not traceback:
         return message
-    # Lines of a traceback are indented, its last is the error, which may go on.
-    lines = after.strip().splitlines()
-    indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
-    error = " ".join(lines[indented[-1] + 1 if indented else 0 :]) or lines[-1].strip()
-    return f"{before.strip()} {re.sub(r'^(?:[a-z_]+[.])+', '', error)}"
+    return f"{before.strip()} {_raised(after)}"
+
+
+def _raised(traceback: str) -> str:
+    """The error below a traceback, on one line."""
+    lines = traceback.splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    # What a frame says of its code is indented. The error may go on, in lines of any kind.
+    below = dropwhile(lambda line: line.startswith(" "), lines[frames[-1] + 1 if frames else 0 :])
+    error = " ".join(" ".join(below).split()) or "".join(lines[-1:]).strip()
+    return re.sub(r"^(?:[a-z_]+[.])+", "", error)
 
 
 def interrupted(how_to_continue: str, exit_code: int = 130) -> NoReturn:

@@ -185,7 +185,7 @@ def next_batch_size(
     """Problems to draw next, so that about as many rows survive as were planned:
 
         target = floor(B · (B0 · rows_per_problem) / m)
-        B <- ceil(alpha · target + (1 - alpha) · B)
+        B <- ceil(alpha · target + (1 - alpha) · B),  at least 1, since 0 would stay 0
 
     Args:
       current: B, the number drawn last.
@@ -202,8 +202,9 @@ def next_batch_size(
     if not config.adaptive:
         return nominal
     target = math.floor(current * (nominal * rows_per_problem) / surviving_rows)
-    size = math.ceil(config.alpha * target + (1 - config.alpha) * current)
+    size = max(1, math.ceil(config.alpha * target + (1 - config.alpha) * current))
     if config.bounds is None:
         return size
     low, high = (bound * nominal for bound in config.bounds)
-    return min(max(size, math.ceil(low)), math.floor(high))
+    # Rounded last: the upper bound may be infinite.
+    return math.floor(min(max(size, math.ceil(low)), high))

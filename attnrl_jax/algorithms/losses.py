@@ -71,8 +71,8 @@ class LossConfig:
             raise ValueError(f"loss clip_high={self.clip_high!r}: at least 0")
         if self.dual_clip <= 1.0:
             raise ValueError(f"loss dual_clip={self.dual_clip!r}: above 1")
-        if self.kl_beta < 0.0:
-            raise ValueError(f"loss kl_beta={self.kl_beta!r}: at least 0")
+        if not 0.0 <= self.kl_beta < float("inf"):
+            raise ValueError(f"loss kl_beta={self.kl_beta!r}: at least 0 and finite")
 
 
 @jax.tree_util.register_dataclass

@@ -158,12 +158,23 @@ def _parquet_rows(path: Path, fields: FieldNames) -> Iterator[_Row]:
                     values = dict(zip(batch.schema.names, cells, strict=True))
                     default_id = f"{_stem(path)}-{number:06d}"
                     yield _Row(values, f"{path}, row {number}", default_id, sorted(names))
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        # The last two: text that is no UTF-8, and dates and times that Python cannot hold.
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read after row {number}: {reason}") from error
 
 
 def _read_row(row: _Row, fields: FieldNames) -> Problem:
+    try:
+        return _to_problem(row, fields)
+    except RecursionError as error:
+        # What the parser of JSON still reads may be too deep to look into.
+        raise DataError(f"{row.place}: nested too deeply") from error
+
+
+def _to_problem(row: _Row, fields: FieldNames) -> Problem:
     field, problem = _find(row, fields.problem, PROBLEM_FIELDS)
     if _is_empty(problem):
         text: Any = ""
@@ -258,7 +269,9 @@ def _read_level(level: Any) -> str | int | None:
         return int(level)
     if isinstance(level, float | Decimal):
         return str(level) if Decimal(level).is_finite() else None
-    return level if isinstance(level, str | int) and not isinstance(level, bool) else None
+    if isinstance(level, str):
+        return level if _is_unicode(level) else None
+    return level if isinstance(level, int) and not isinstance(level, bool) else None
 
 
 def _is_unicode(text: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attnrl_jax.datasets.cleaning import CleaningReport
+from attnrl_jax.datasets.cleaning import FAULTS, CleaningReport
 from attnrl_jax.tasks.problems import DataError, Problem
 
 # Of the records and the metadata, and of what cleaning and splitting mean: data prepared by a
@@ -186,9 +186,16 @@ def read_report(path: str | Path) -> CleaningReport:
     """
     folder = _required(path)
     try:
-        return CleaningReport.from_dict(read_metadata(folder)["report"])
+        report = CleaningReport.from_dict(read_metadata(folder)["report"])
+        counts = [report.found, report.removed, {"read": report.read, "kept": report.kept}]
+        counts += map(vars, report.benchmarks.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"its report cannot be read: {error}") from error
+    if not all(map(_is_counts, counts)) or not report.found.keys() <= FAULTS.keys():
+        raise _damaged(folder, "its report has something else than counts of faults")
+    if report.found.keys() != report.removed.keys():
+        raise _damaged(folder, "its report has faults that were only found, or only removed")
+    return report
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -205,12 +212,18 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, f"{METADATA_FILE} lacks {error}") from error
     if not complete:
         raise _damaged(folder, f"{METADATA_FILE} lacks its report")
+    if not _is_counts(values["problems"]):
+        raise _damaged(folder, f"{METADATA_FILE} has no numbers of problems")
     for path, size in sizes.items():
         if not path.is_file():
             raise _damaged(folder, f"{path.name} is missing")
         if path.stat().st_size != size:
             raise _damaged(folder, f"{path.name} has {path.stat().st_size} bytes, not {size}")
     return values
+
+
+def _is_counts(values: Any) -> bool:
+    return isinstance(values, dict) and all(type(count) is int for count in values.values())
 
 
 def _required(path: str | Path) -> Path:

@@ -319,4 +319,24 @@ def _save_like(source: Path, out: Path, tensors: dict[str, Callable[[], np.ndarr
         save_file(arrays, out / path.name, metadata=metadata)
     for path in source.iterdir():
         if path.is_file() and _COMPANIONS.fullmatch(path.name):
+            _check_inside(path, source)
             shutil.copyfile(path, out / path.name)
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Refuses a link that leads out of a folder, which somebody else may have made: what it points
+    to, a key of the user's maybe, would be published with the copy.
+
+    The cache of the Hugging Face hub links its snapshots to the blobs beside them.
+
+    Raises:
+      ModelError: naming the link and where it leads.
+    """
+    target, allowed = path.resolve(), [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ModelError(
+            f"{path} is a link out of its folder, to {target}; it is not copied. Put the file "
+            "itself there, or remove it"
+        )

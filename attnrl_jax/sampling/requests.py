@@ -10,6 +10,9 @@ import numpy as np
 
 from attnrl_jax.models.config import ModelConfig
 
+# Logits over a lower one are so large that what float32 rounds off is their log-probability.
+LEAST_TEMPERATURE = 1e-4
+
 
 @dataclass(frozen=True)
 class Request:
@@ -20,7 +23,7 @@ class Request:
       num_samples: how many responses.
       budget: most tokens of a response, end token included.
       seed: of its noise. Two requests of equal prefix and seed get equal responses.
-      temperature: 0 is greedy.
+      temperature: 0 is greedy; else at least `LEAST_TEMPERATURE`.
       top_p: nucleus probability; 1 keeps everything.
       top_k: number of best tokens kept; 0 keeps everything.
       first_sample: number of the first response. Response k of a request draws the noise of
@@ -84,9 +87,11 @@ def check_requests(
                 f"request {index}: prefix {prefix.size} + budget {request.budget} is more than "
                 f"sampler.cache_length {cache_length}"
             )
-        if not request.temperature >= 0.0 or np.isinf(request.temperature):
+        heat = request.temperature
+        if heat != 0.0 and not LEAST_TEMPERATURE <= heat < np.inf:
             raise ValueError(
-                f"request {index}: temperature must be finite and >= 0; got {request.temperature}"
+                f"request {index}: temperature must be 0, or finite and at least "
+                f"{LEAST_TEMPERATURE}; got {heat}"
             )
         if not 0.0 < request.top_p <= 1.0:
             raise ValueError(f"request {index}: top_p must be in (0, 1]; got {request.top_p}")

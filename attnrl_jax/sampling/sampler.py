@@ -345,9 +345,10 @@ def _admissions(
         entering.limit[entry] = len(request.prefix) + request.budget
         entering.seed[entry] = request_key(request.seed)
         entering.sample[entry] = request.first_sample + entered.index
-        entering.temperature[entry] = request.temperature
-        entering.top_p[entry] = request.top_p
-        entering.top_k[entry] = request.top_k
+        # Bounds of what the arrays hold: a top-p that is rounded to 0 would keep no token.
+        entering.temperature[entry] = min(request.temperature, float(np.finfo(np.float32).max))
+        entering.top_p[entry] = max(request.top_p, float(np.finfo(np.float32).tiny))
+        entering.top_k[entry] = min(request.top_k, np.iinfo(np.int32).max)
     return entering
 
 

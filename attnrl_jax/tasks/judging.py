@@ -2,10 +2,10 @@ r"""Judges: rewards of responses, 1 for a right final answer and 0 otherwise.
 
 Two judges share one protocol. `ExactJudge` compares texts and numbers and never leaves the
 process; `MathJudge` asks math-verify about the rest, in worker processes that are killed when an
-answer takes too long or too much memory. A hang, a crash or a killed worker costs that one answer,
-which is judged wrong and counted. Where the whole pool breaks down (its fork server was killed),
-what waited is asked once more; what its workers had in hand is lost. Model text is never evaluated
-as code.
+answer takes too long or too much memory. A hang, a crash, a killed worker or an answer on which
+reading itself fails costs that one answer, which is judged wrong and counted. Where the whole pool
+breaks down (its fork server was killed), what waited is asked once more; what its workers had in
+hand is lost. Model text is never evaluated as code.
 
 `submit` returns at once, so that judging overlaps with generation; `judge_many` waits.
 
@@ -157,9 +157,17 @@ class ExactJudge:
         return _Decided(self.judge_many(items))
 
     def judge_many(self, items: Sequence[Item]) -> Verdicts:
-        rewards = np.array([exact_match(*item) for item in items], np.float32)
-        unanswered = sum(final_answer(text) is None for text, _ in items)
-        return Verdicts(rewards, JudgeCounts(unanswered, len(items) - unanswered))
+        rewards = np.zeros(len(items), np.float32)
+        unanswered = failures = 0
+        for row, (text, answers) in enumerate(items):
+            try:
+                unanswered += final_answer(text) is None
+                rewards[row] = exact_match(text, answers)
+            except Exception as error:
+                logger.warning("an answer could not be read, and is judged wrong: %r", error)
+                failures += 1
+        exact = len(items) - unanswered - failures
+        return Verdicts(rewards, JudgeCounts(unanswered, exact, failures=failures))
 
     def close(self) -> None:
         pass
@@ -198,7 +206,7 @@ class MathJudge:
         asked: dict[Question, concurrent.futures.Future] = {}
         outcomes: list[bool | concurrent.futures.Future | None] = []
         for response_text, answers in items:
-            outcome = _decide(response_text, answers)
+            outcome = _read(response_text, answers)
             if isinstance(outcome, tuple):
                 if outcome not in asked:
                     asked[outcome] = self._ask(outcome)
@@ -330,6 +338,19 @@ def _was_lost_with_its_pool(future: concurrent.futures.Future) -> bool:
     if not future.done() or future.cancelled():
         return False
     return isinstance(future.exception(), BrokenProcessPool)
+
+
+def _read(
+    response_text: str, answers: Sequence[str]
+) -> bool | Question | concurrent.futures.Future | None:
+    """`_decide`; an answer on which it fails is lost, and the run is not."""
+    try:
+        return _decide(response_text, answers)
+    except Exception as error:
+        logger.warning("an answer could not be read, and is judged wrong: %r", error)
+        lost: concurrent.futures.Future = concurrent.futures.Future()
+        lost.set_exception(error)
+        return lost
 
 
 def _decide(response_text: str, answers: Sequence[str]) -> bool | Question | None:

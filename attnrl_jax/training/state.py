@@ -22,6 +22,7 @@ from attnrl_jax.algorithms.adaptive import (
 from attnrl_jax.algorithms.advantages import AdvantageNorm
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.sampling.requests import LEAST_TEMPERATURE
 from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.shapes import bucket_length
 from attnrl_jax.sharding import parameter_shardings
@@ -180,11 +181,17 @@ class TrainConfig:
             raise ValueError(f"importance_cap must be 0 or at least 1; got {self.importance_cap}")
         if self.importance_cap and self.behaviour != "scorer":
             raise ValueError(f"importance_cap needs behaviour 'scorer'; got {self.behaviour!r}")
-        if not 0 < self.temperature < math.inf:
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
             # At temperature 0 the policy has no log-probabilities to train.
-            raise ValueError(f"temperature must be > 0 in training; got {self.temperature}")
-        if not 0 <= self.eval_temperature < math.inf:
-            raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
+            raise ValueError(
+                f"temperature must be at least {LEAST_TEMPERATURE} in training; "
+                f"got {self.temperature}"
+            )
+        heat = self.eval_temperature
+        if heat != 0 and not LEAST_TEMPERATURE <= heat < math.inf:
+            raise ValueError(
+                f"eval_temperature must be 0 or at least {LEAST_TEMPERATURE}; got {heat}"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be within 0 .. 2**32 - 1; got {self.seed}")
         longest, held = self.prompt_budget + self.response_budget, self.sampler.cache_length

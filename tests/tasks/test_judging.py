@@ -12,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from attnrl_jax.tasks import judging
 from attnrl_jax.tasks.judging import (
     ExactJudge,
     JudgeConfig,
@@ -167,6 +170,36 @@ def test_hostile_answers_cost_themselves_alone(hasty_judge):
     assert counts.timeouts >= 2
     assert sum(counts) == len(items) + 2
     assert hasty_judge.judge_many([surd(3)]).rewards.tolist() == [1]
+
+
+@given(text=st.text(max_size=200), gold=st.text(max_size=40), boxed=st.booleans())
+@settings(max_examples=500)
+def test_any_answer_can_be_read(text, gold, boxed):
+    """Whatever it is, in the process itself; nothing is lost to it."""
+    response = rf"So \boxed{{{text}}}" if boxed else text
+    rewards, counts = ExactJudge().judge_many([(response, [gold]), (r"\boxed{1}", ["1"])])
+    assert rewards[1] == 1
+    assert counts.failures == 0
+    assert sum(counts) == 2
+
+
+def test_an_answer_on_which_reading_fails_costs_itself(judge, monkeypatch):
+    """A bug: the exception came out of the judge, and ended the run."""
+    honest = judging.exact_verdict
+
+    def failing(answer, gold):
+        if answer == "13":
+            raise RecursionError("too deep")
+        return honest(answer, gold)
+
+    monkeypatch.setattr(judging, "exact_verdict", failing)
+    items = [(r"\boxed{13}", ["13"]), (r"\boxed{5}", ["5"]), ("none", ["5"]), SURD]
+    rewards, counts = judge.judge_many(items)
+    assert rewards.tolist() == [0, 1, 0, 1]
+    assert counts == JudgeCounts(unanswered=1, exact=1, verified=1, failures=1)
+    rewards, counts = ExactJudge().judge_many(items[:3])
+    assert rewards.tolist() == [0, 1, 0]
+    assert counts == JudgeCounts(unanswered=1, exact=1, failures=1)
 
 
 def test_code_is_never_run(hasty_judge, tmp_path):
