@@ -224,7 +224,8 @@ def test_no_source_evaluates_or_unpickles():
     "line",
     [
         "eval(text)", "import pickle", "from torch import load", "sympy.sympify(x)",
-        "os.system(x)", "run(x, shell=True)", "f(trust_remote_code=flag)", "np.load(p, allow_pickle=True)",
+        "os.system(x)", "run(x, shell=True)", "f(trust_remote_code=flag)",
+        "np.load(p, allow_pickle=True)",
         "import dill as d",
     ],
 )  # fmt: skip

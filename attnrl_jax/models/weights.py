@@ -83,7 +83,11 @@ def _shard_files(folder: Path) -> dict[str, Path]:
             # Names come from a file somebody else wrote: they must stay inside the folder.
             if Path(file).name != file:
                 raise ModelError(f"{index} names {file!r}, which is outside its folder")
-            if not (folder / file).is_file():
+            try:
+                exists = (folder / file).is_file()
+            except (OSError, ValueError):  # a name that no file can have
+                exists = False
+            if not exists:
                 raise ModelError(f"{index} names {file!r}, which does not exist")
         return {key: folder / file for key, file in files.items()}
     single = folder / SINGLE_FILE
@@ -115,6 +119,12 @@ def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None) 
     """
     folder = Path(folder)
     files = _shard_files(folder)
+    if config.num_layers > len(files):
+        # Before so many names are made.
+        raise ModelError(
+            f"{folder}: the config says {config.num_layers} layers, but there are only "
+            f"{len(files)} tensors"
+        )
     opened: dict[Path, Any] = {}
     entries = list(_entries(config))
     params: dict[str, Any] = {}

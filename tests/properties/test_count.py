@@ -1,6 +1,7 @@
 """How many cases the properties are asked about."""
 
 from tests.properties import (  # noqa: F401 (their import counts their cases)
+    test_model_folders,
     test_packing,
     test_problems,
     test_sampling,
