@@ -319,3 +319,28 @@ def test_bytes_are_read_in_their_unit():
     assert [format_bytes(n) for n in (14_066_067_210, 2**30, 2**30 - 1, 300_000)] == [
         "13.1 GiB", "1.0 GiB", "1024.0 MiB", "0.3 MiB"
     ]  # fmt: skip
+
+
+def test_every_size_of_a_program_is_there():
+    """Prefixes of every width of the sampler, slots before and after each halving, whole, half and
+    quarter batches; each once, and of the largest as without it."""
+    sampler = SamplerConfig(slots=16, prefill_rows=4, length_bucket=8, halvings=2, unroll=False)
+    config = replace(CONFIG, sampler=sampler)
+    meshes = one_device()
+    largest = run_programs(MODEL, config, *meshes)
+    programs = run_programs(MODEL, config, *meshes, every_size=True)
+
+    def sizes(name, place):
+        return [jax.tree.leaves(p.arguments[place])[-1].shape for p in programs if p.name == name]
+
+    assert {p.name for p in programs} == {p.name for p in largest}
+    assert [width for _, width in sizes("prefill", 2)] == [32, 8, 16, 24]
+    assert [width for _, width in sizes("insert", 2)] == [32, 8, 16, 24]
+    states = [p.arguments[2].length.shape[0] for p in programs if p.name == "generate"]
+    assert states == [16, 8, 4]
+    assert [p.arguments[0].length.shape[0] for p in programs if p.name == "narrow"] == [16, 8]
+    batches = [p.arguments[4].mask.shape for p in programs if p.name == "accumulate"]
+    assert batches == [(8, 32), (4, 32), (2, 32)]
+    scored = [p.arguments[2].tokens.shape for p in programs if p.name.startswith("score initial")]
+    assert scored == [(4, 32), (2, 32), (1, 32)]
+    assert sum(p.name == "apply gradients" for p in programs) == 1
