@@ -63,7 +63,7 @@ class HostStep:
             task, MODEL, load.config(), reference=object(), on_stage=self.idle.on_stage
         )
         with self.idle.instead():
-            nothing = TrainState(None, None, np.int32(0), np.int32(0))
+            nothing = TrainState(None, None, np.int32(0), np.int32(0), np.int32(0))
             self._state = loop.start(self._setup, nothing)
 
     def run(self) -> Measured:
