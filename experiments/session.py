@@ -178,7 +178,8 @@ class Session:
         """Whether a step that was evaluated is worth a checkpoint of its own."""
         if score is None or self.setup.config.keep_best == 0:
             return False
-        return self.checkpointer.would_be_best(score)
+        # All save, or none: what each has read of the folder may differ.
+        return processes.from_first(str(self.checkpointer.would_be_best(score))) == "True"
 
     def _save(
         self,

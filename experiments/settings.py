@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 from attnrl_jax.datasets.cleaning import CleaningConfig
 from attnrl_jax.datasets.files import FieldNames
+from attnrl_jax.models.config import DTYPES
 from attnrl_jax.sharding import MeshConfig
 from attnrl_jax.tasks.graph import GraphTaskConfig
 from attnrl_jax.tasks.judging import JudgeConfig
@@ -302,6 +303,11 @@ def _check(settings: Settings) -> None:
         raise SettingError(
             f"branching.rule is {train.branching.rule!r}, but method {settings.method} has "
             f"{' or '.join(sorted(allowed))}"
+        )
+    if settings.model.sampling_dtype not in ("", *DTYPES):
+        raise SettingError(
+            f"model.sampling_dtype must be empty or one of {', '.join(DTYPES)}; got "
+            f"{settings.model.sampling_dtype!r}"
         )
     if settings.mesh.sampling_devices and train.overlap == "none":
         raise SettingError("mesh.sampling_devices needs overlap 'initial' or 'all'")

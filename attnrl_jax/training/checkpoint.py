@@ -121,6 +121,8 @@ class Checkpointer:
             "notes": dict(notes or {}),
             "checksums": checksums | _row_checksums(rows),
         }
+        # They are written later: what the caller does to its lists meanwhile must not change them.
+        values = json.loads(json.dumps(values))
         if score is not None:
             self._scores[state.step] = float(score)
         try:

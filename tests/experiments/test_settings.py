@@ -77,6 +77,7 @@ def changed(path, value):
         ("num_problems", True, "num_problems must be int"),
         ("optimizer.learning_rate", "fast", "optimizer.learning_rate must be float"),
         ("schedule", "asynchronous", "schedule must be one of off_policy, on_policy"),
+        ("model.sampling_dtype", "half", "model.sampling_dtype must be empty or one of"),
         ("temperature", 0.0, "temperature must be at least 0.0001 in training"),
         ("eval_temperature", -1.0, "eval_temperature must be 0 or at least 0.0001"),
         ("seed", 2**32, "seed must be within"),

@@ -143,6 +143,17 @@ def test_notes_come_back(begun, tmp_path):
         assert seen == [{"step": 4}]
 
 
+def test_notes_are_those_of_the_moment(begun, tmp_path):
+    """A bug: they were written later, and a list that had changed meanwhile made the checkpoint
+    look damaged."""
+    state, template = begun
+    pending = [{"step": k} for k in range(50)]
+    with closing(Checkpointer(tmp_path / "run")) as writer:
+        writer.save(state, {"pending": pending})
+        pending.clear()
+        assert writer.restore(template)[1] == {"pending": [{"step": k} for k in range(50)]}
+
+
 def test_a_state_that_is_not_finite_is_not_saved(begun, tmp_path):
     state, _ = begun
     params = jax.tree.map(jnp.copy, state.train.params)
