@@ -10,16 +10,11 @@ import pytest
 
 from attnrl_jax import processes
 from tests.exchange import some_gradients
-from tests.two_processes import run_processes, start_processes
+from tests.two_processes import SMALL_RUN, run_processes, start_processes
 
-# A run of three steps that compiles soon.
 RUN = (
-    "-m", "experiments.run", "--config.steps=3", "--config.num_problems=4",
-    "--config.num_responses=3", "--config.data.held_out_size=8", "--config.eval_every=0",
-    "--config.checkpoint_every=1", "--config.response_budget=96", "--config.sampler.slots=16",
-    "--config.sampler.unroll=False", "--config.sampler.attend_parts=1",
-    "--config.sampler.halvings=0", "--config.sampler.cache_length=192",
-    "--config.micro_batch_tokens=2048", "--config.score_batch_tokens=2048",
+    "-m", *SMALL_RUN, "--config.steps=3", "--config.num_problems=4", "--config.eval_every=0",
+    "--config.checkpoint_every=1",
 )  # fmt: skip
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 OTHER_MESH = ("--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.sampling_tensor=2")

@@ -11,6 +11,15 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
+# A run whose steps are short and which compiles soon.
+SMALL_RUN = (
+    "experiments.run", "--config.num_responses=3", "--config.data.held_out_size=8",
+    "--config.response_budget=96", "--config.sampler.slots=16", "--config.sampler.unroll=False",
+    "--config.sampler.attend_parts=1", "--config.sampler.halvings=0",
+    "--config.sampler.cache_length=192", "--config.micro_batch_tokens=2048",
+    "--config.score_batch_tokens=2048",
+)  # fmt: skip
+
 
 def free_port() -> int:
     with socket.socket() as bound:

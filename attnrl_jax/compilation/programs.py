@@ -16,8 +16,6 @@ the cache, slots before they are narrowed.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,8 +33,13 @@ from attnrl_jax.compilation.counts import (
     count_collectives,
     count_flops,
 )
+from attnrl_jax.compilation.trees import (
+    Trees,
+    host_array,
+    laid_out,
+    platform_of,
+)
 from attnrl_jax.models.config import ModelConfig
-from attnrl_jax.models.transformer import init_params
 from attnrl_jax.sampling import engine
 from attnrl_jax.sampling.sampler import take_slots
 from attnrl_jax.scoring import score_packed
@@ -45,12 +48,11 @@ from attnrl_jax.sharding import (
     BATCH,
     CACHE_SPEC,
     batch_devices,
-    batch_sharding,
     fit_spec,
     parameter_shardings,
 )
 from attnrl_jax.training import step
-from attnrl_jax.training.state import TrainConfig, abstract_state
+from attnrl_jax.training.state import TrainConfig
 from attnrl_jax.types import PackedTokens, TrainBatch
 
 
@@ -132,7 +134,7 @@ def compile_program(program: Program, is_counted: bool = True) -> Compiled:
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - aliased,
         held=program.held | {"arguments not read": max(given - read, 0)},
-        flops=count_flops(traced.jaxpr, _platform(program.mesh)) if is_counted else 0,
+        flops=count_flops(traced.jaxpr, platform_of(program.mesh)) if is_counted else 0,
         traffic=traffic,
         collectives=count_collectives(compiled.as_text()) if is_counted else {},
     )
@@ -160,7 +162,7 @@ def run_programs(
       every_size: whether programs that come in several sizes are there in each; the largest comes
         first.
     """
-    trees = _Trees(model, config, mesh, sampling_mesh, sampling_dtype)
+    trees = Trees(model, config, mesh, sampling_mesh, sampling_dtype)
     parts = [(1, trees)]
     if every_size:
         # As `packing.deal_batches` cuts them.
@@ -182,107 +184,11 @@ def kept_bytes(
 
     Args: as in `run_programs`.
     """
-    trees = _Trees(model, config, mesh, sampling_mesh, "")
+    trees = Trees(model, config, mesh, sampling_mesh, "")
     return trees.bytes_of(mesh, (*trees.always, "gradients"))
 
 
-class _Trees:
-    """Abstract arrays of a run: those that stay for a while by name, and batches."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        config: TrainConfig,
-        mesh: Mesh,
-        sampling_mesh: Mesh,
-        sampling_dtype: str,
-    ):
-        self.model, self.config, self.mesh, self.sampling_mesh = model, config, mesh, sampling_mesh
-        self.sampling_model = model.with_dtype(sampling_dtype or model.dtype)
-        self.is_split = set(mesh.devices.flat).isdisjoint(sampling_mesh.devices.flat)
-        shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
-        self.state = abstract_state(shapes, config.optimizer, mesh)
-        self.params = self.state.params
-        zeros, sums = jax.eval_shape(step.no_gradients, shapes)
-        # Laid out as they come out of a program, so that the run finds its programs compiled.
-        whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), sums)
-        self.gradients = (
-            _laid_out(zeros, parameter_shardings(zeros, mesh)),
-            _laid_out(sums, whole),
-        )
-        dtype = self.sampling_model.dtype
-        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-        self.copy = _laid_out(cast, parameter_shardings(cast, sampling_mesh))
-        self.held = {
-            "parameters": self.params,
-            "optimizer state": self.state.opt_state,
-            "sampling copy": self.copy,
-            "gradients": self.gradients,
-        }
-        if config.loss.kl_beta > 0:
-            self.held["reference"] = self.params
-        self.always = ("parameters", "optimizer state", "reference")
-
-    def with_batches_of(self, part: int) -> _Trees:
-        """The same, but that whole batches are a half or a quarter, rounded up."""
-        devices = batch_devices(self.mesh)
-        length = self.config.packed_length(devices)
-        sizes: dict[str, Any] = {"pack_length": length}
-        for name in ("score_batch_tokens", "micro_batch_tokens"):
-            whole = max(getattr(self.config, name) // length // devices, 1)
-            sizes[name] = -(-whole // part) * length * devices
-        other = copy.copy(self)
-        other.config = dataclasses.replace(self.config, **sizes)
-        return other
-
-    def bytes_of(self, mesh: Mesh, names: Sequence[str]) -> dict[str, int]:
-        """Bytes per device of what is held on the devices of a mesh."""
-        there = {name: tree for name, tree in self.held.items() if name in names}
-        return {
-            name: bytes_per_device(tree)
-            for name, tree in there.items()
-            if set(_devices(tree)) & set(mesh.devices.flat)
-        }
-
-    def around(self, mesh: Mesh, names: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
-        """What a program finds on its devices: `held` and `given` of `Program`.
-
-        Args:
-          mesh: of the program.
-          names: of what lies there.
-          given: those of them that it is called with.
-        """
-        held = [name for name in names if name not in given]
-        return {"held": self.bytes_of(mesh, held), "given": self.bytes_of(mesh, given)}
-
-    def rows(self, mesh: Mesh, tokens: int, dtype: Any) -> Any:
-        """`[batch, time]` of the largest batch of about so many packed tokens."""
-        devices = batch_devices(mesh)
-        length = self.config.packed_length(devices)
-        each = max(tokens // length // devices, 1)
-        return jax.ShapeDtypeStruct((each * devices, length), dtype, sharding=batch_sharding(mesh))
-
-
-def _laid_out(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
-
-
-def _platform(mesh: Mesh) -> str:
-    return mesh.devices.flat[0].platform
-
-
-def _devices(tree: Any) -> list[jax.Device]:
-    return list(jax.tree.leaves(tree)[0].sharding.mesh.devices.flat)
-
-
-def _host(*shape: int, dtype: Any = jnp.int32) -> Any:
-    """An array that comes from the host: the compiler decides where it lies."""
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _reshard(trees: _Trees) -> list[Program]:
+def _reshard(trees: Trees) -> list[Program]:
     """Parameters in the layout of sampling: `sharding.cast_to_mesh`."""
     around = trees.around(trees.mesh, trees.always, ["parameters"])
     target = jax.tree.map(lambda x: x.sharding, trees.copy)
@@ -312,7 +218,7 @@ def _reshard(trees: _Trees) -> list[Program]:
     return programs
 
 
-def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
+def _sampling(trees: Trees, every_size: bool) -> list[Program]:
     """The programs of `sampling.sampler.sample`."""
     model, mesh = trees.sampling_model, trees.sampling_mesh
     sampler, devices = trees.config.sampler_shapes, batch_devices(mesh)
@@ -320,7 +226,7 @@ def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
     length = bucket_length(sampler.cache_length, sampler.length_bucket)
     slots = bucket_length(sampler.slots, devices)
     # What a run leaves open it decides by its backend, which here is that of the mesh.
-    unroll = sampler.unroll if sampler.unroll is not None else _platform(mesh) != "tpu"
+    unroll = sampler.unroll if sampler.unroll is not None else platform_of(mesh) != "tpu"
     layers = engine.layer_groups(model, unroll)
     part = bucket_length(-(-length // sampler.attend_parts), sampler.length_bucket)
 
@@ -328,19 +234,19 @@ def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
     state = jax.tree.map(partial(_over_slots, mesh), state)
     decoding = jax.eval_shape(partial(engine.decode_params, dtype=model.dtype, groups=layers),
                               trees.copy)  # fmt: skip
-    decoding = _laid_out(decoding, parameter_shardings(decoding, mesh))
-    tokens = _host(
+    decoding = laid_out(decoding, parameter_shardings(decoding, mesh))
+    tokens = host_array(
         bucket_length(sampler.prefill_rows, devices),
         min(few_lengths(length, sampler.length_bucket), length),
     )
-    lengths = _host(tokens.shape[0])
+    lengths = host_array(tokens.shape[0])
     prefixes = jax.eval_shape(partial(engine.prefill, config=model), trees.copy, tokens=tokens,
                               lengths=lengths)  # fmt: skip
     prefixes = jax.tree.map(partial(_over_slots, mesh), prefixes)
     entering = max(1, int(sampler.refill * slots))
-    one, real = _host(entering), _host(entering, dtype=jnp.float32)
+    one, real = host_array(entering), host_array(entering, dtype=jnp.float32)
     admissions = engine.Admissions(
-        slot=one, row=one, length=one, limit=one, seed=_host(entering, 2, dtype=jnp.uint32),
+        slot=one, row=one, length=one, limit=one, seed=host_array(entering, 2, dtype=jnp.uint32),
         sample=one, temperature=real, top_p=real, top_k=one,
     )  # fmt: skip
     truncated = trees.config.top_p < 1 or trees.config.top_k > 0
@@ -375,7 +281,7 @@ def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
         ),
         Program(
             "generate", engine.generate,
-            (decoding, model, state, _host(1), _host(), _host(), truncated,
+            (decoding, model, state, host_array(1), host_array(), host_array(), truncated,
              tuple(range(part, length, part))),
             mesh,
             **around("sampler.slots", "decode state", decoded_with),
@@ -389,7 +295,7 @@ def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
         )
     )  # fmt: skip
     if sampler.halvings and slots % (2 * devices) == 0:
-        kept = _host(devices, slots // devices // 2)
+        kept = host_array(devices, slots // devices // 2)
         narrowing = around("sampler.slots", "decode state")
         programs.append(Program("narrow", engine.narrow, (state, kept), mesh, **narrowing))
     if not every_size:
@@ -400,7 +306,7 @@ def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
         for needed in range(sampler.length_bucket, length, sampler.length_bucket)
     }
     for width in sorted(widths - {tokens.shape[1]}):
-        narrower = _host(tokens.shape[0], width)
+        narrower = host_array(tokens.shape[0], width)
         kv = jax.eval_shape(partial(engine.prefill, config=model), trees.copy, tokens=narrower,
                             lengths=lengths)  # fmt: skip
         kv = jax.tree.map(partial(_over_slots, mesh), kv)
@@ -408,7 +314,7 @@ def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
             Program("prefill", engine.prefill, (trees.copy, model, narrower, lengths), mesh, {}),
             Program("insert", engine.insert, (state, kv, narrower, admissions), mesh, {}),
         ]
-    least, few = -(-slots // 2**sampler.halvings), _host(-(-entering // 4))
+    least, few = -(-slots // 2**sampler.halvings), host_array(-(-entering // 4))
     left = slots
     while True:
         here = jax.eval_shape(partial(engine.empty_state, model, left, length, layers))
@@ -421,7 +327,7 @@ def _sampling(trees: _Trees, every_size: bool) -> list[Program]:
             arguments = (decoding, model, here, *programs[3].arguments[3:])
             programs.append(Program("generate", engine.generate, arguments, mesh, {}))
             if narrows:
-                kept = _host(devices, left // devices // 2)
+                kept = host_array(devices, left // devices // 2)
                 programs.append(Program("narrow", engine.narrow, (here, kept), mesh, {}))
         if not narrows:
             return programs
@@ -435,7 +341,7 @@ def _over_slots(mesh: Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out)
 
 
-def _scoring(trees: _Trees) -> list[Program]:
+def _scoring(trees: Trees) -> list[Program]:
     """Scoring of initial responses, with FCI where it is used, and of continuations."""
     config = trees.config
     has_tree = config.branching.rule != "none"
@@ -468,7 +374,7 @@ def _scoring(trees: _Trees) -> list[Program]:
     return programs
 
 
-def _update(trees: _Trees) -> list[Program]:
+def _update(trees: Trees) -> list[Program]:
     """The programs of `training.step.update`."""
     config, model, mesh = trees.config, trees.model, trees.mesh
     ids, real = (

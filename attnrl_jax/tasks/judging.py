@@ -21,9 +21,6 @@ import contextlib
 import functools
 import logging
 import math
-import multiprocessing
-import multiprocessing.context
-import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -41,6 +38,7 @@ from attnrl_jax.tasks.answers import (
     math_verify_equal,
     question,
 )
+from attnrl_jax.tasks.judging_pool import start_pool
 
 __all__ = [
     "ExactJudge",
@@ -240,7 +238,7 @@ class MathJudge:
                         self._recent.move_to_end(question)
                         return self._recent[question]
                     if self._pool is None:
-                        self._pool = _start_pool(self.config)
+                        self._pool = start_pool(self.config.workers, self.config.memory_bytes)
                     future = self._pool.schedule(
                         math_verify_equal, args=(question,), timeout=self.config.timeout_seconds
                     )
@@ -379,37 +377,3 @@ def _outcome_of(future: concurrent.futures.Future) -> tuple[str, bool]:
     except (Exception, concurrent.futures.CancelledError) as error:
         logger.debug("an answer was lost: %r", error)
         return "failures", False
-
-
-def _start_pool(config: JudgeConfig) -> Any:
-    from pebble import ProcessPool
-
-    context: multiprocessing.context.BaseContext
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        # Loaded once in the server: a killed worker's successor starts in milliseconds.
-        context.set_forkserver_preload(["math_verify", "numpy"])
-    else:
-        context = multiprocessing.get_context("spawn")
-    return ProcessPool(
-        max_workers=config.workers,
-        initializer=_start_worker,
-        initargs=(config.memory_bytes,),
-        context=context,
-    )
-
-
-def _start_worker(memory_bytes: int) -> None:
-    """Readies a worker: math-verify loaded and warm, memory limited, SIGTERM deadly at once."""
-    # Python runs its signal handlers between bytecodes: inside one huge integer power, never.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    math_verify_equal((("x+1", "1+x"),))
-    # Platforms that cannot limit the address space still have the time limit.
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        with open("/proc/self/statm") as statm:
-            in_use = int(statm.read().split()[0]) * resource.getpagesize()
-        limit = in_use + memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -8,8 +8,8 @@ damaged since is not trained on, and the one before it takes its place.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from attnrl_jax import processes
-from attnrl_jax.training.checksums import array_checksums, bytes_checksum
+from attnrl_jax.training.checksums import array_checksums, row_checksums, text_checksum
 from attnrl_jax.training.leaves import from_arrays, to_arrays
+from attnrl_jax.training.retention import NewestAndBest, best_steps, steps_on_disk
 from attnrl_jax.training.state import LoopState, TrainState
 
 # Of what a checkpoint holds; raise it when that changes.
@@ -60,7 +61,7 @@ class Checkpointer:
         # Read before Orbax looks: a damaged file must not keep the others from being found.
         self._scores = {
             step: score
-            for step in _steps_on_disk(self.folder)
+            for step in steps_on_disk(self.folder)
             if (score := _stored_score(self.folder / str(step))) is not None
         }
         self._manager = ocp.CheckpointManager(
@@ -68,7 +69,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=None
                 if read_only
-                else _NewestAndBest(keep, keep_best, self._scores),
+                else NewestAndBest(keep, keep_best, self._scores),
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
@@ -119,7 +120,7 @@ class Checkpointer:
             "in_flight": list(rows),
             "score": None if score is None else float(score),
             "notes": dict(notes or {}),
-            "checksums": checksums | _row_checksums(rows),
+            "checksums": checksums | row_checksums(rows),
         }
         # They are written later: what the caller does to its lists meanwhile must not change them.
         values = json.loads(json.dumps(values))
@@ -131,7 +132,7 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     train=ocp.args.StandardSave(state.train),
                     rows=ocp.args.StandardSave(rows or {"none": np.zeros(1)}),
-                    loop=ocp.args.JsonSave({"values": values, "checksum": _text_checksum(values)}),
+                    loop=ocp.args.JsonSave({"values": values, "checksum": text_checksum(values)}),
                 ),
                 force=True,
             )
@@ -159,7 +160,7 @@ class Checkpointer:
 
     def _save_error(self, error: Exception) -> SaveError:
         reason = str(error).strip().splitlines()
-        there = ", ".join(map(str, _steps_on_disk(self.folder))) or "none"
+        there = ", ".join(map(str, steps_on_disk(self.folder))) or "none"
         return SaveError(
             f"a checkpoint could not be written to {self.folder}: "
             f"{reason[0] if reason else type(error).__name__} (whole are those of steps: {there})"
@@ -171,7 +172,7 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """The step of the highest score, the newest of equals; None where none has one."""
-        return max(_best(self.steps(), self._scores, 1), default=None)
+        return max(best_steps(self.steps(), self._scores, 1), default=None)
 
     def would_be_best(self, score: float) -> bool:
         """Whether no checkpoint that is kept has such a score."""
@@ -248,7 +249,7 @@ class Checkpointer:
         rows = _together(folder, read_rows)
 
         def put_together() -> LoopState:
-            found = array_checksums(train, "train")[0] | _row_checksums(rows)
+            found = array_checksums(train, "train")[0] | row_checksums(rows)
             _check_checksums(folder, values["checksums"], found)
             held: dict[str, Any] = dict.fromkeys(ROWS) | {
                 name: from_arrays(arrays) for name, arrays in rows.items()
@@ -264,7 +265,7 @@ class Checkpointer:
                 f"checkpoint {folder} was written by another version of this program"
             )
         values = stored["values"]
-        if _text_checksum(values) != stored["checksum"]:
+        if text_checksum(values) != stored["checksum"]:
             raise _DamagedError(f"checkpoint {folder} is damaged: its numbers are not those saved")
         return values
 
@@ -331,51 +332,12 @@ class Checkpointer:
                 raise self._save_error(error) from error
 
 
-@dataclass(frozen=True)
-class _NewestAndBest:
-    """Which checkpoints stay, as Orbax asks for it."""
-
-    newest: int
-    best: int
-    scores: Mapping[int, float]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.newest :], *_best(steps, self.scores, self.best)}
-        return [step in kept for step in steps]
-
-
-def _best(steps: Sequence[int], scores: Mapping[int, float], number: int) -> list[int]:
-    """Steps of the highest scores; of equals the newest."""
-    scored = sorted((scores[step], step) for step in steps if step in scores)
-    return [step for _, step in scored[max(len(scored) - number, 0) :]]
-
-
 def _stored_score(folder: Path) -> float | None:
     try:
         score = ocp.JsonCheckpointHandler().restore(folder / "loop")["values"]["score"]
         return None if score is None else float(score)
     except Exception:  # damage, of which `restore` says more
         return None
-
-
-def _steps_on_disk(folder: Path) -> list[int]:
-    """Whole checkpoints: those under their own name."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-
-
-def _row_checksums(rows: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, int]:
-    return {
-        f"{name}/{field}": bytes_checksum(x)
-        for name, arrays in rows.items()
-        for field, x in arrays.items()
-    }
-
-
-def _text_checksum(values: Any) -> int:
-    return bytes_checksum(json.dumps(values, sort_keys=True).encode())
 
 
 def _check_checksums(folder: Path, saved: Mapping[str, Any], found: Mapping[str, int]) -> None:

@@ -7,7 +7,9 @@ any mesh and without a second look at the files.
 
 from __future__ import annotations
 
+import json
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,6 +57,15 @@ def array_checksums(tree: Any, prefix: str) -> tuple[dict[str, int], bool]:
     return named, bool(finite)
 
 
-def bytes_checksum(x: np.ndarray | bytes) -> int:
-    """CRC-32 of the bytes of a host array, or of a text."""
-    return zlib.crc32(x if isinstance(x, bytes) else np.ascontiguousarray(x).tobytes())
+def row_checksums(rows: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, int]:
+    """CRC-32 of the bytes of host arrays, `rows[name][field]`, by `name/field`."""
+    return {
+        f"{name}/{field}": zlib.crc32(np.ascontiguousarray(x).tobytes())
+        for name, arrays in rows.items()
+        for field, x in arrays.items()
+    }
+
+
+def text_checksum(values: Any) -> int:
+    """CRC-32 of values as JSON."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())

@@ -16,14 +16,11 @@ import time
 from pathlib import Path
 
 import experiments.run
+from tests.two_processes import SMALL_RUN
 
 COMMAND = (
-    "experiments.run", "--config.steps=36", "--config.num_problems=3", "--config.num_responses=3",
-    "--config.data.held_out_size=8", "--config.eval_every=7", "--config.checkpoint_every=2",
-    "--config.response_budget=96", "--config.sampler.slots=16", "--config.sampler.unroll=False",
-    "--config.sampler.attend_parts=1", "--config.sampler.halvings=0",
-    "--config.sampler.cache_length=192", "--config.micro_batch_tokens=2048",
-    "--config.score_batch_tokens=2048",
+    *SMALL_RUN, "--config.steps=36", "--config.num_problems=3", "--config.eval_every=7",
+    "--config.checkpoint_every=2",
 )  # fmt: skip
 KILLS = 20
 PATIENCE = 120.0

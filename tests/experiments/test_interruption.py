@@ -17,7 +17,7 @@ from experiments.configs import attnrl_graph
 from experiments.records import read_metrics
 from tests.conftest import ROOT
 from tests.experiments.runs import execute, execute_with, small, without_clock
-from tests.two_processes import environment, run_processes, start_processes
+from tests.two_processes import SMALL_RUN, environment, run_processes, start_processes
 
 
 def config_of(**changes):
@@ -84,12 +84,8 @@ def test_a_second_ctrl_c_interrupts_at_once():
 
 
 RUN = (
-    "-m", "experiments.run", "--config.num_problems=4", "--config.num_responses=3",
-    "--config.data.held_out_size=8", "--config.eval_every=0", "--config.checkpoint_every=1000",
-    "--config.response_budget=96", "--config.sampler.slots=16", "--config.sampler.unroll=False",
-    "--config.sampler.attend_parts=1", "--config.sampler.halvings=0",
-    "--config.sampler.cache_length=192", "--config.micro_batch_tokens=2048",
-    "--config.score_batch_tokens=2048",
+    "-m", *SMALL_RUN, "--config.num_problems=4", "--config.eval_every=0",
+    "--config.checkpoint_every=1000",
 )  # fmt: skip
 
 

@@ -300,8 +300,8 @@ def test_workers_are_limited_in_memory():
     """In a process of its own, as the limit cannot be taken back: 64 MiB are not a gigabyte."""
     code = """
 from attnrl_jax.tasks.answers import math_verify_equal
-from attnrl_jax.tasks.judging import _start_worker
-_start_worker(64 * 2**20)
+from attnrl_jax.tasks.judging_pool import start_worker
+start_worker(64 * 2**20)
 try:
     bytearray(2**30)
 except MemoryError:
