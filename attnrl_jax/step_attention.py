@@ -70,7 +70,9 @@ def step_attention(
       ValueError: no tokens, or so many steps that the result would not fit into 8 GiB.
     """
     if len(tokens) == 0 or len(tokens) != len(step_ids):
-        raise ValueError(f"{len(tokens)} tokens and {len(step_ids)} step_ids: one for each, and some")
+        raise ValueError(
+            f"{len(tokens)} tokens and {len(step_ids)} step_ids: one for each, and some"
+        )
     ranges = int(step_ids.max()) + 1
     padded = bucket_length(ranges, 16)
     size = 4 * config.num_layers * config.num_heads * padded**2
