@@ -45,6 +45,7 @@ FREE_TO_CHANGE = (
 FIXED = (
     "method", "seed", "model.path", "model.tokenizer", "data.", "graph.", "prompt.",
     "prompt_budget", "response_budget", "schedule", "overlap", "importance_cap",
+    "parts.problems", "parts.held_out", "parts.segmenter",
 )  # fmt: skip
 ALLOW = "--allow_change"
 HINT = f" ({ALLOW}=NAME lets a setting change; begin another run for any other)"

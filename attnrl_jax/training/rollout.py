@@ -155,7 +155,7 @@ def plan_branches(
         )
         return plan, easy_mean
     expansion, easy_mean = select_expanded(
-        initial.reward.reshape(grid) > 0, level, easy_mean, rng, config.expansion
+        initial.reward.reshape(grid) >= 0.5, level, easy_mean, rng, config.expansion
     )
     return BranchPlan(positions, expansion.expanded.reshape(-1), expansion.dropped), easy_mean
 
