@@ -136,7 +136,10 @@ def run(
         # A run that goes on needs no arrays beside those of its checkpoint.
         first = (init_state if done is None else abstract_state)(params, train.optimizer, mesh)
         del params
-        session = Session(setup, folder, flat(as_json(config)), settings.guards, saved, terminal)
+        session = Session(
+            setup, folder, flat(as_json(config)), settings.guards, settings.trees.per_step, saved,
+            terminal,
+        )  # fmt: skip
         try:
             begun = session.begin(first) if done is None else session.resume(first, config, free)
             session.train(begun)

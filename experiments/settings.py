@@ -108,6 +108,21 @@ class MemorySettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class TreeSettings:
+    """What is recorded of a step's trees, to be looked at (`python -m experiments.view`).
+
+    Attributes:
+      per_step: problems of each step, at most: the most telling one, then always the same ones.
+    """
+
+    per_step: int = 4
+
+    def __post_init__(self) -> None:
+        if self.per_step < 0:
+            raise ValueError(f"per_step must be >= 0; got {self.per_step}")
+
+
+@dataclasses.dataclass(frozen=True)
 class PartSettings:
     """Names of parts that are the user's own (`experiments.parts`); filled in by the run.
 
@@ -130,7 +145,7 @@ class Settings:
     Attributes:
       method: `attnrl`, `treerl`, `random` or `grpo`.
       train: of the loop.
-      model, data, graph, prompt, judging, mesh, guards, memory, parts: of the parts of their
+      model, data, graph, prompt, judging, mesh, guards, memory, parts, trees: of the parts of their
         names.
     """
 
@@ -145,6 +160,7 @@ class Settings:
     guards: GuardConfig
     memory: MemorySettings
     parts: PartSettings
+    trees: TreeSettings
 
 
 # What a method means. Everything else is equal, and each of these can be set on its own.
@@ -177,6 +193,7 @@ _SECTIONS = {
     "guards": GuardConfig,
     "memory": MemorySettings,
     "parts": PartSettings,
+    "trees": TreeSettings,
 }
 
 
