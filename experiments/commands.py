@@ -9,6 +9,8 @@ from collections.abc import Callable
 from itertools import dropwhile
 from typing import NoReturn
 
+from rich.console import Console
+
 from attnrl_jax.processes import ProcessError
 
 # Values of `--thinking`, for `PromptConfig.enable_thinking`.
@@ -109,3 +111,8 @@ def guarded(
         if arguments.debug:
             raise
         stop(error)
+
+
+def notebook_console() -> Console:
+    """Plain lines as a notebook's cell keeps them: no bars that redraw, one output for a cell."""
+    return Console(width=100, force_jupyter=False, force_terminal=False)

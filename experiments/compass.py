@@ -79,6 +79,9 @@ class Look:
             raise ValueError(f"a branch starts at a step from 2 to {len(self.texts) - 1}: {step}")
         return int(np.searchsorted(self.step_ids, step)) - len(self.prompt)
 
+    def __repr__(self) -> str:
+        return f"Look: {len(self.texts) - 1} steps, branches at {self.branch_steps}"
+
     def _repr_html_(self) -> str:
         """The text, each step with its FCI as a bar; a mark where it would branch."""
         fci = self.attention.fci

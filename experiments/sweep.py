@@ -208,6 +208,38 @@ def _write(workdir: Path, name: str, results: Sequence[Result], console: Console
     console.print(f"results are in {shown(workdir)}", markup=False, highlight=False, soft_wrap=True)
 
 
+def run_all(
+    runs: Sequence[Run],
+    workdir: Path,
+    name: str,
+    console: Console,
+    stop_on_error: bool = False,
+) -> list[int]:
+    """Executes the runs of a sweep that have not finished, and writes table and figure.
+
+    Args:
+      runs: of `experiments.plan.plan`.
+      workdir: of the sweep.
+      name: of the sweep.
+      console: shows a line for each run, then the table.
+      stop_on_error: do nothing more after a run that failed.
+
+    Returns:
+      numbers of the runs that failed, from 1.
+
+    Raises:
+      SweepError: another sweep is going on in the folder.
+    """
+    with held(workdir):
+        failed, running = execute_all(runs, range(1, len(runs) + 1), console, stop_on_error)
+        results = [run.result() for run in runs]
+        for number in running:
+            if results[number - 1].state != "finished":
+                results[number - 1] = replace(results[number - 1], state="running")
+        _write(workdir, name, results, console)
+    return failed
+
+
 def main(arguments: argparse.Namespace) -> None:
     console = Console()
     name = arguments.config.stem
@@ -239,13 +271,7 @@ def main(arguments: argparse.Namespace) -> None:
         failed = []
         _write(workdir, name, [run.result() for run in runs], console)
     else:
-        with held(workdir):
-            failed, running = execute_all(runs, numbers, console, arguments.stop_on_error)
-            results = [run.result() for run in runs]
-            for number in running:
-                if results[number - 1].state != "finished":
-                    results[number - 1] = replace(results[number - 1], state="running")
-            _write(workdir, name, results, console)
+        failed = run_all(runs, workdir, name, console, arguments.stop_on_error)
     if failed:
         print(f"error: {len(failed)} of {len(numbers)} runs failed", file=sys.stderr)
         sys.exit(1)

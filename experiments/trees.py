@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,3 +111,22 @@ def _recorded(report: StepReport, tokenizer: Tokenizer, problem: int) -> dict[st
 def has_branches(problem: dict[str, Any]) -> bool:
     """Whether a recorded problem is a tree: some leaf continues another."""
     return any(leaf["root"] != leaf["row"] for leaf in problem["leaves"])
+
+
+def read_problems(workdir: str | Path, step: int | None = None) -> list[dict[str, Any]]:
+    """Problems that a run recorded with their trees, the most telling one first.
+
+    Args:
+      workdir: run folder.
+      step: of training; by default the last that is there.
+
+    Raises:
+      FileNotFoundError: there are none of that step; those that there are, are named.
+    """
+    folder = Path(workdir) / "trees"
+    steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.json"))
+    chosen = steps[-1] if step is None and steps else step
+    if chosen not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise FileNotFoundError(f"{folder} has no trees of step {step}; there are: {there}")
+    return json.loads((folder / f"step_{chosen:06d}.json").read_text())["problems"]
