@@ -89,7 +89,7 @@ def test_symbols_of_the_method_are_settings_with_these_defaults():
     settings = build(default_config()).train
     found = 0
     for row in re.findall(r"^\| \$.*\|$", text, flags=re.MULTILINE):
-        _, _, names, defaults = (cell.strip() for cell in row.strip("|").split(" | "))
+        _, _, names, defaults = row[1:-1].split("|")
         numbers = [
             int(number) for number in re.findall(r"\d+", re.sub(r",(?=\d{3})", "", defaults))
         ]
