@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.commands import without_traceback
 from experiments.folders import FolderError
+from experiments.parts import Parts, load_parts, with_parts
 from experiments.results import Result, log_path, read_result
 from experiments.run_folder import check_same_run
 from experiments.settings import build
@@ -144,6 +145,7 @@ def plan(sweep: Sweep, workdir: Path) -> list[Run]:
     """
     runs: list[Run] = []
     settings: list[Any] = []
+    parts = _parts(sweep.config)
     for number, overrides in enumerate(sweep.entries, 1):
         place = f"run {number} ({_words(overrides)})"
         if twice := sorted(sweep.common.keys() & overrides.keys()):
@@ -159,6 +161,7 @@ def plan(sweep: Sweep, workdir: Path) -> list[Run]:
                     f"{_get(passed, name)!r}); set it in a configuration file"
                 )
         try:
+            passed = with_parts(passed, parts)
             built = build(passed)
         except ValueError as error:
             raise SweepError(f"{place}: {error}") from error
@@ -172,6 +175,13 @@ def plan(sweep: Sweep, workdir: Path) -> list[Run]:
         settings.append(built)
         runs.append(Run(dict(overrides), tuple(arguments), passed, folder))
     return runs
+
+
+def _parts(file: str) -> Parts:
+    try:
+        return load_parts(file)
+    except Exception as error:  # the file is the user's, and may raise anything
+        raise SweepError(f"{file}: {without_traceback(str(error)) or error!r}") from error
 
 
 def _words(overrides: Mapping[str, Any]) -> str:

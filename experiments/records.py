@@ -134,13 +134,16 @@ class RunFolder:
             self._warn(f"{what} cannot be written to {self.folder} ({error}); left out")
             return None
 
-    def write_tree(self, step: int, tree: dict[str, Any]) -> None:
-        """Writes an example tree as JSON; of a long run only every 2nd, 4th, ... stays."""
+    def write_trees(self, step: int, problems: list[dict[str, Any]]) -> None:
+        """Writes a step's trees (`experiments.trees`) as JSON; of a long run only those of every
+        2nd, 4th, ... step stay."""
 
         def write() -> None:
             trees = self.folder / "trees"
             trees.mkdir(exist_ok=True)
-            write_atomically(trees / f"step_{step:06d}.json", json.dumps(tree, indent=1))
+            write_atomically(
+                trees / f"step_{step:06d}.json", json.dumps({"step": step, "problems": problems})
+            )
             steps = sorted(
                 int(path.stem.removeprefix("step_")) for path in trees.glob("step_*.json")
             )

@@ -7,14 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.tree import Tree
-
-from attnrl_jax.branching.steps import step_bounds
-from attnrl_jax.tasks.tokenizer import Tokenizer
-from attnrl_jax.training.loop import StepReport
 
 # What the terminal shows of a step, in 80 columns: metric, heading, format.
 COLUMNS = (
@@ -58,77 +53,9 @@ def plot_history(history: Sequence[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def example_tree(report: StepReport, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The step's most telling tree as plain data: of a problem with most branches and both right
-    and wrong leaves. None if nothing branched.
-
-    Steps carry their text, FCI and first token; leaves their reward and the value, advantage and
-    extent of every segment of their path.
-    """
-    everything = report.leaves
-    continued = everything.root != np.arange(len(everything.root))
-    if not continued.any():
-        return None
-    problems, group = np.unique(everything.problem, return_inverse=True)
-    highest, lowest = np.full(len(problems), -np.inf), np.full(len(problems), np.inf)
-    np.maximum.at(highest, group, everything.reward)
-    np.minimum.at(lowest, group, everything.reward)
-    branches = np.bincount(group, continued)
-    problem = int(problems[np.lexsort((branches, highest - lowest))[-1]])
-    members = np.flatnonzero(everything.problem == problem)
-    rows = report.lay_out(members)
-    advantages = report.leaf_advantages.lay_out(everything, members, rows.tokens.shape[1])
-    starts, ends = step_bounds(rows.step_ids)
-    # Methods that do not need it do not compute it.
-    has_fci = bool(rows.fci.any())
-    leaves = []
-    for k, row in enumerate(members):
-        prompt = int(rows.prompt_length[k])
-        steps = []
-        for step in range(1, int(rows.step_ids[k].max()) + 1):
-            start, end = int(starts[k, step]), int(ends[k, step])
-            steps.append(
-                {
-                    "text": tokenizer.decode(rows.tokens[k, start:end]).strip(),
-                    "start": start - prompt,
-                    "fci": float(rows.fci[k, step]) if has_fci and not continued[row] else None,
-                    "version": int(rows.version[k, start]),
-                }
-            )
-        segments = [
-            {
-                "start": int(report.segments.start[row, s]),
-                "end": int(report.segments.end[row, s]),
-                "value": float(report.segments.value[row, s]),
-                "leaves": int(report.segments.num_leaves[row, s]),
-                "advantage": float(advantages[k, prompt + int(report.segments.start[row, s])]),
-            }
-            for s in range(report.segments.valid.shape[1])
-            if report.segments.valid[row, s]
-        ]
-        leaves.append(
-            {
-                "row": int(row),
-                "root": int(rows.root[k]),
-                "split": int(rows.split[k]),
-                "reward": float(rows.reward[k]),
-                "ended": bool(rows.ended[k]),
-                "trained": bool(report.trained[row]),
-                "steps": steps,
-                "segments": segments,
-            }
-        )
-    shown = report.problems[problem]
-    return {
-        "problem": {"id": shown.id, "text": shown.text, "answers": list(shown.answers)},
-        "step": int(report.metrics["step"]),
-        "value": float(report.segments.root_value[leaves[0]["row"]]),
-        "leaves": leaves,
-    }
-
-
 def draw_tree(tree: dict[str, Any]) -> Tree:
-    """An example tree for the terminal: one branched response, its steps' FCI, its branches."""
+    """A recorded problem (`experiments.trees`) for the terminal: one branched response, its steps'
+    FCI, its branches."""
     children: dict[int, list[dict[str, Any]]] = {}
     for leaf in tree["leaves"]:
         if leaf["root"] != leaf["row"]:

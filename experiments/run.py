@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from attnrl_jax import processes
+from attnrl_jax.branching.selection import branch_positions
 from attnrl_jax.compilation.memory import (
     DeviceMemoryError,
     check_memory,
@@ -43,6 +44,7 @@ from attnrl_jax.training.state import abstract_state, init_state
 from experiments import reporting
 from experiments.commands import config_fault, interrupted, stop
 from experiments.folders import flat
+from experiments.parts import Parts, load_parts, with_parts
 from experiments.records import METRICS_FILE, read_metrics
 from experiments.run_folder import (
     ALLOW,
@@ -61,7 +63,11 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 
 
 def run(
-    config: ConfigDict, folder: Path, console: Console, allowed: Sequence[str] = ()
+    config: ConfigDict,
+    folder: Path,
+    console: Console,
+    allowed: Sequence[str] = (),
+    parts: Parts | None = None,
 ) -> list[dict[str, float]]:
     """Runs, or continues, a run in its folder. Nothing is written before all was checked.
 
@@ -70,6 +76,7 @@ def run(
       folder: of the run.
       console: shows progress.
       allowed: settings that may differ from those the run began with, besides `FREE_TO_CHANGE`.
+      parts: of the user's own.
 
     Returns:
       metrics of every step, the first of them step 0, before training; of several processes none
@@ -83,6 +90,8 @@ def run(
       NotFiniteError, SaveError: it cannot go on; its last checkpoint is whole.
     """
     compilations()
+    parts = parts or Parts()
+    config = with_parts(config, parts)
     settings = build(config)
     free = freed(config, allowed)
     check_same_settings(as_json(config))
@@ -93,7 +102,7 @@ def run(
     # What holds the policy below does not hold its parameters: the state has a copy of its own.
     params, policy = policy.params, policy._replace(params=None)
     with processes.first_ahead():
-        task, skipped, prepared = build_task(settings, policy)
+        task, skipped, prepared = build_task(settings, policy, parts)
     train = settings.train
     terminal = reporting.Terminal(train.steps, console)
     with ExitStack() as held:
@@ -115,6 +124,7 @@ def run(
             task, policy.model, train, mesh, sampling_mesh,
             reference=params if train.loss.kl_beta > 0 else None,
             sampling_dtype=settings.model.sampling_dtype,
+            branch_rule=parts.branch_rule or branch_positions,
             on_stage=terminal.stage,
             interrupt=interruption.check,
         )  # fmt: skip
@@ -126,7 +136,10 @@ def run(
         # A run that goes on needs no arrays beside those of its checkpoint.
         first = (init_state if done is None else abstract_state)(params, train.optimizer, mesh)
         del params
-        session = Session(setup, folder, flat(as_json(config)), settings.guards, saved, terminal)
+        session = Session(
+            setup, folder, flat(as_json(config)), settings.guards, settings.trees.per_step, saved,
+            terminal,
+        )  # fmt: skip
         try:
             begun = session.begin(first) if done is None else session.resume(first, config, free)
             session.train(begun)
@@ -195,7 +208,8 @@ def main(argv: list[str]) -> None:
         folder = Path(flag.workdir or Path("runs") / processes.from_first(name)).absolute()
         again = f"continue with the same command and --workdir={folder}"
         console = Console(quiet=not processes.is_first())
-        history = run(config, folder, console, flag.allow_change)
+        parts = load_parts(config_flags.get_config_filename(flag["config"]))
+        history = run(config, folder, console, flag.allow_change, parts)
     except InterruptedRunError as wish:
         processes.disconnect()
         interrupted(again, wish.exit_code)

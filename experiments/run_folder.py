@@ -35,7 +35,7 @@ CONFIG_FILE = "config.json"
 # Settings that may differ when a run is continued: they do not change what a step computes.
 FREE_TO_CHANGE = (
     "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints", "keep_best",
-    "max_not_finite", "data.cache", "judging.workers",
+    "max_not_finite", "data.cache", "judging.workers", "trees.per_step",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sampling_tensor", "mesh.sampling_devices",
     "memory.check", "memory.bytes_per_device", "memory.every_size",
     "guards.min_entropy", "guards.max_entropy", "guards.length_drop", "guards.max_truncated",
@@ -45,6 +45,7 @@ FREE_TO_CHANGE = (
 FIXED = (
     "method", "seed", "model.path", "model.tokenizer", "data.", "graph.", "prompt.",
     "prompt_budget", "response_budget", "schedule", "overlap", "importance_cap",
+    "parts.problems", "parts.held_out", "parts.segmenter",
 )  # fmt: skip
 ALLOW = "--allow_change"
 HINT = f" ({ALLOW}=NAME lets a setting change; begin another run for any other)"

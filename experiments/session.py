@@ -31,6 +31,7 @@ from experiments import reporting
 from experiments.folders import differences
 from experiments.records import METRICS_FILE, RunFolder, read_metrics
 from experiments.run_folder import check_notes, record_changes
+from experiments.trees import has_branches, recorded_problems
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Session:
       folder: of the run.
       settings: all of them by dotted name, for the checkpoints.
       guards: when to warn.
+      trees: problems of a step whose trees are recorded.
       checkpointer: of the run.
       terminal: shows progress.
     """
@@ -68,6 +70,7 @@ class Session:
     folder: Path
     settings: dict[str, Any]
     guards: GuardConfig
+    trees: int
     checkpointer: Checkpointer
     terminal: reporting.Terminal
 
@@ -149,16 +152,16 @@ class Session:
             reporting.plot_history(history, self.folder / "curve.png")
 
     def _keep(self, report: StepReport, files: RunFolder) -> dict[str, Any] | None:
-        """Writes what is left of a step besides its metrics; its example tree."""
+        """Writes what is left of a step besides its metrics; a tree to be shown, if it has one."""
         for path in files.write_post_mortem(report):
             self.terminal.warn(
                 f"an update of step {report.metrics['step']:.0f} was skipped, because loss or "
                 f"gradient was not finite; its rows are in {path}"
             )
-        tree = reporting.example_tree(report, self.setup.task.tokenizer)
-        if tree is not None:
-            files.write_tree(int(report.metrics["step"]), tree)
-        return tree
+        problems = recorded_problems(report, self.setup.task.tokenizer, self.trees)
+        if problems:
+            files.write_trees(int(report.metrics["step"]), problems)
+        return next(filter(has_branches, problems), None)
 
     def _conclude(
         self, state: LoopState, metrics: dict[str, float], files: RunFolder

@@ -108,13 +108,45 @@ class MemorySettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class TreeSettings:
+    """What is recorded of a step's trees, to be looked at (`python -m experiments.view`).
+
+    Attributes:
+      per_step: problems of each step, at most: the most telling one, then always the same ones.
+    """
+
+    per_step: int = 4
+
+    def __post_init__(self) -> None:
+        if self.per_step < 0:
+            raise ValueError(f"per_step must be >= 0; got {self.per_step}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSettings:
+    """Names of parts that are the user's own (`experiments.parts`); filled in by the run.
+
+    Attributes:
+      reward, problems, held_out, segmenter, branch_rule: what each is called where it is defined;
+        empty for the program's own.
+    """
+
+    reward: str = ""
+    problems: str = ""
+    held_out: str = ""
+    segmenter: str = ""
+    branch_rule: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """A whole run.
 
     Attributes:
       method: `attnrl`, `treerl`, `random` or `grpo`.
       train: of the loop.
-      model, data, graph, prompt, judging, mesh, guards, memory: of the parts of their names.
+      model, data, graph, prompt, judging, mesh, guards, memory, parts, trees: of the parts of their
+        names.
     """
 
     method: str
@@ -127,6 +159,8 @@ class Settings:
     mesh: MeshConfig
     guards: GuardConfig
     memory: MemorySettings
+    parts: PartSettings
+    trees: TreeSettings
 
 
 # What a method means. Everything else is equal, and each of these can be set on its own.
@@ -158,6 +192,8 @@ _SECTIONS = {
     "mesh": MeshConfig,
     "guards": GuardConfig,
     "memory": MemorySettings,
+    "parts": PartSettings,
+    "trees": TreeSettings,
 }
 
 
@@ -299,6 +335,8 @@ def _check(settings: Settings) -> None:
     if settings.method == "attnrl":
         # Its rule may be replaced to see what it is worth; a run without a tree is grpo.
         allowed |= {"entropy", "random"}
+    if settings.parts.branch_rule and settings.method != "grpo":
+        allowed = {"custom"}
     if train.branching.rule not in allowed:
         raise SettingError(
             f"branching.rule is {train.branching.rule!r}, but method {settings.method} has "

@@ -26,11 +26,13 @@ from attnrl_jax.models.transformer import init_params
 from attnrl_jax.models.weights import load_params
 from attnrl_jax.sharding import parameter_shardings
 from attnrl_jax.tasks.graph import GraphSource
-from attnrl_jax.tasks.judging import ExactJudge, MathJudge
+from attnrl_jax.tasks.judging import ExactJudge, Judge, MathJudge
 from attnrl_jax.tasks.problems import DataError, Problem, Source
 from attnrl_jax.tasks.prompts import build_prompt, prompt_version
+from attnrl_jax.tasks.rewards import RewardJudge
 from attnrl_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 from attnrl_jax.training.setup import Task
+from experiments.parts import Parts
 from experiments.settings import SettingError, Settings
 
 # Generated training problems: far more than any run draws.
@@ -104,12 +106,19 @@ def params_on_mesh(folder: Path, model: ModelConfig, mesh: Mesh) -> Any:
     return load_params(folder, model, parameter_shardings(shapes, mesh))
 
 
-def build_task(settings: Settings, policy: Policy) -> BuiltTask:
+def build_task(settings: Settings, policy: Policy, parts: Parts | None = None) -> BuiltTask:
     """Problems, prompts and judge.
+
+    Args:
+      settings: of the run.
+      policy: whose tokenizer makes the prompts.
+      parts: of the user's own, if any.
 
     Raises:
       DataError: problems that cannot be used.
     """
+
+    parts = parts or Parts()
 
     def prompt(problem: Problem) -> np.ndarray:
         return build_prompt(problem.text, policy.tokenizer, settings.prompt)
@@ -118,9 +127,13 @@ def build_task(settings: Settings, policy: Policy) -> BuiltTask:
         return 0 < len(prompt(problem)) <= settings.train.prompt_budget
 
     source: Source
-    judge: ExactJudge | MathJudge
+    judge: Judge
     cleaned = None
-    if settings.data.train:
+    if parts.problems is not None:
+        source = parts.problems
+        held_out = list(parts.held_out or ())[: settings.data.held_out_size]
+        judge = MathJudge(settings.judging)
+    elif settings.data.train:
         limit = PromptLimit(lambda problem: len(prompt(problem)), settings.train.prompt_budget)
         cleaned, held_out = _prepare(settings, policy, limit)
         source = open_prepared(cleaned.folder)
@@ -130,11 +143,14 @@ def build_task(settings: Settings, policy: Policy) -> BuiltTask:
         evaluated = GraphSource(settings.graph, "held_out", 0, settings.data.held_out_size)
         held_out = [evaluated[i] for i in range(len(evaluated))]
         judge = ExactJudge()
+    if parts.reward is not None:
+        judge = RewardJudge(parts.reward, settings.judging)
     fitting = [problem for problem in held_out if fits(problem)]
     if not fitting:
         raise DataError(f"no held-out problem fits prompt_budget={settings.train.prompt_budget}")
     stream = ProblemStream(source, settings.train.seed, {"prompt": fits})
-    task = Task(stream, fitting, policy.tokenizer, prompt, judge)
+    segmenter = parts.cut(policy.tokenizer)
+    task = Task(stream, fitting, policy.tokenizer, prompt, judge, segmenter)
     return BuiltTask(task, len(held_out) - len(fitting), cleaned)
 
 

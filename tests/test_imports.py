@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "models": BELOW_MODELS,
     "sampling": BELOW_MODELS | {"models"},
     "scoring": BELOW_MODELS | {"models"},
+    "step_attention": BELOW_MODELS | {"models"},
     "evaluation": {"types", "branching", "models", "sampling", "tasks"},
     "training": BELOW_TRAINING,
     "interruption": set(),

@@ -210,14 +210,18 @@ def offences(source: str) -> list[str]:
 
 
 def test_no_source_evaluates_or_unpickles():
-    """But for the bench's peers, which run other people's programs in an environment of theirs."""
+    """But for the bench's peers, which run other people's programs in an environment of theirs.
+
+    A reward function of the user's goes to the judging workers by cloudpickle: from this program to
+    its own processes, never from a file.
+    """
     peers = ROOT / "experiments" / "bench" / "peers"
     found = {
         str(path.relative_to(ROOT)): wrong
         for path in SOURCES
         if not path.is_relative_to(peers) and (wrong := offences(path.read_text()))
     }
-    assert found == {}
+    assert found == {"attnrl_jax/tasks/rewards.py": ["cloudpickle"] * 3}
 
 
 @pytest.mark.parametrize(

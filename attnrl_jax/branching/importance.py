@@ -88,8 +88,21 @@ def influence_from_maps(
     means = jnp.einsum(
         "qj,lhqp,pk->lhjk", mean_over, jnp.asarray(maps), mean_over, precision="highest"
     )
-    ahead = jnp.tri(num_ranges, k=-delta)
-    return jnp.einsum("lhjk,jk->lhk", means, ahead, precision="highest")
+    return influence_from_steps(means, delta)
+
+
+def influence_from_steps(
+    step_attention: Float[ArrayLike, "*heads step step"], delta: int
+) -> Float[Array, "*heads step"]:
+    """y[k] = sum over j >= k + delta of M[j, k], of every head.
+
+    Args:
+      step_attention: mean attention M of the tokens of range j to those of range k.
+      delta: as in `influence_from_maps`.
+    """
+    step_attention = jnp.asarray(step_attention)
+    ahead = jnp.tri(step_attention.shape[-1], k=-delta)
+    return jnp.einsum("...jk,jk->...k", step_attention, ahead, precision="highest")
 
 
 def forward_context_influence(

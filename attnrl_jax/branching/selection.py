@@ -9,95 +9,12 @@ The functions take all responses at once; on jax arrays they can be jitted (`con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from attnrl_jax.branching.positions import BranchingConfig, BranchPositions
 from attnrl_jax.branching.steps import count_steps, step_bounds, token_positions
 from attnrl_jax.types import ArrayLike
-
-
-@dataclass(frozen=True)
-class BranchingConfig:
-    """Settings of the branching.
-
-    Attributes:
-      rule: criterion for branch positions: "fci", "entropy", "random" or "none".
-      num_positions: branch positions per expanded response (N of the paper's tree).
-      num_continuations: continuations sampled at each position (C).
-      delta: ranges a query must be ahead of a step to count in its FCI.
-      quantile: quantile of a response's FCI that a step must reach to be a candidate.
-      min_distance: least distance in tokens between branch positions, and of the first of them
-        from the sequence's start.
-      order: "score" takes the highest FCI first, which is what branching at the steps of high
-        attention says; "position" takes candidates from left to right (released program).
-      fill: "none" branches only where importance chose, so at steps of positive FCI; "first_steps"
-        fills a shortfall with steps 2, 3, ... of the response, from the second again when they
-        run out, and knows of `</think>` only by the zeroed FCI (released program).
-      zero_first: whether the first response step has its FCI zeroed.
-      after_think: whether branches after `</think>` are allowed.
-
-    Raises:
-      ValueError: a setting outside of what it allows.
-    """
-
-    rule: str = "fci"
-    num_positions: int = 2
-    num_continuations: int = 2
-    delta: int = 4
-    quantile: float = 0.8
-    min_distance: int = 512
-    order: str = "score"
-    fill: str = "none"
-    zero_first: bool = True
-    after_think: bool = False
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "rule": ("fci", "entropy", "random", "none"),
-            "order": ("score", "position"),
-            "fill": ("none", "first_steps"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"branching {name}={getattr(self, name)!r}: allowed are {values}")
-        for name, least in (
-            ("num_positions", 1),
-            ("num_continuations", 1),
-            ("delta", 0),
-            ("min_distance", 0),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"branching {name}={value!r}: an integer of at least {least}")
-        if not 0.0 <= self.quantile <= 1.0:
-            raise ValueError(f"branching quantile={self.quantile!r}: between 0 and 1")
-
-    @classmethod
-    def golden(cls, **changes: Any) -> BranchingConfig:
-        """The released program's mode, with `changes` to its other settings."""
-        return cls(**({"order": "position", "fill": "first_steps"} | changes))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class BranchPositions:
-    """Branch positions of each response, by ascending offset; invalid ones come last.
-
-    Attributes:
-      offsets: tokens of the response before the branch; 0 where invalid.
-      steps: range of the first token that is sampled anew; 0 where invalid.
-      by_importance: whether the position was chosen by a positive FCI.
-      valid: whether there is such a position.
-    """
-
-    offsets: Int[ArrayLike, "response position"]
-    steps: Int[ArrayLike, "response position"]
-    by_importance: Bool[ArrayLike, "response position"]
-    valid: Bool[ArrayLike, "response position"]
 
 
 def fci_branch_positions(
@@ -204,6 +121,32 @@ def random_branch_positions(
     return _collect(starts, ends, steps, valid, np.zeros_like(valid))
 
 
+def best_step_positions(
+    scores: Float[np.ndarray, "response step"],
+    step_ids: Int[np.ndarray, "response time"],
+    config: BranchingConfig,
+    first_after_think: Int[np.ndarray, "response"] | None = None,
+) -> BranchPositions:
+    """Branch positions at the steps of the highest scores, for rules of the user's, on the host.
+
+    Steps other than the first are taken by falling score (ties: the earlier one) under the
+    distances of `fci_branch_positions`; those of -inf never.
+
+    Args:
+      scores: by range; that of the prompt is not read.
+      step_ids: range of each token.
+      config: settings.
+      first_after_think: as in `fci_branch_positions`.
+    """
+    scores = np.asarray(scores, np.float32)
+    starts, ends = step_bounds(step_ids, scores.shape[-1])
+    last = _last_allowed(count_steps(step_ids), config, first_after_think)
+    ranges = token_positions(scores)
+    candidate = (ranges >= 2) & (ranges <= last[..., None]) & (scores > -np.inf)
+    steps, valid = _take_apart(scores, candidate, starts, ends, config)
+    return _collect(starts, ends, steps, valid, np.zeros_like(valid))
+
+
 def branch_positions(
     config: BranchingConfig,
     *,
@@ -229,6 +172,8 @@ def branch_positions(
         )
     if config.rule == "random":
         return random_branch_positions(rng, starts, ends, num_steps, config, first_after_think)
+    if config.rule == "custom":
+        raise ValueError("branching rule 'custom' needs a rule of the user's (Parts.branch_rule)")
     none = np.zeros((len(fci), config.num_positions), dtype=np.int32)
     return BranchPositions(none, none, none.astype(bool), none.astype(bool))
 

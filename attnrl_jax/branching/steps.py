@@ -9,7 +9,7 @@ Everything but `Separators.from_texts` runs on numpy arrays and, under jit, on j
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -17,6 +17,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from attnrl_jax.types import ArrayLike
+
+# From the ids of one response to which of them end a step, on the host.
+Segmenter = Callable[[Int[np.ndarray, "time"]], Bool[np.ndarray, "time"]]
 
 
 @jax.tree_util.register_dataclass
@@ -49,10 +52,90 @@ class Separators:
         return cls(blank_line, newline, end_think)
 
 
+@dataclass(frozen=True)
+class StepRule:
+    """How responses are cut into steps.
+
+    Attributes:
+      separators: ids that end a step, and that of `</think>`.
+      segmenter: another way to cut, which takes the place of `step_ends`. What is behind the last
+        end is a step of its own.
+    """
+
+    separators: Separators
+    segmenter: Segmenter | None = None
+
+    def ends(self, response: Int[np.ndarray, "time"]) -> Bool[np.ndarray, "time"]:
+        """Which tokens of a response end a step.
+
+        Raises:
+          ValueError: the segmenter returned something else than a truth value for every token.
+        """
+        if self.segmenter is None:
+            return np.asarray(step_ends(response, np.ones(len(response), bool), self.separators))
+        ends = np.asarray(self.segmenter(response))
+        if ends.shape != response.shape or ends.dtype != bool:
+            raise ValueError(
+                f"the step segmenter returned {ends.dtype}{list(ends.shape)} for a response of "
+                f"{len(response)} tokens; it must return bool[{len(response)}]"
+            )
+        return ends
+
+    def count(self, response: Int[np.ndarray, "time"]) -> int:
+        """Steps of a response."""
+        if not len(response):
+            return 0
+        ends = self.ends(response)
+        # A step is open behind the last end, unless that is the last token.
+        return int(np.count_nonzero(ends)) + (not ends[-1])
+
+    def step_ids(
+        self,
+        tokens: Int[np.ndarray, "row time"],
+        prompt_length: Int[np.ndarray, "row"],
+        length: Int[np.ndarray, "row"],
+    ) -> Int[np.ndarray, "row time"]:
+        """Range of every token, as `segment_steps` numbers them."""
+        if self.segmenter is None:
+            return np.asarray(segment_steps(tokens, prompt_length, length, self.separators))
+        result = np.full(tokens.shape, -1, np.int32)
+        for to, row, begin, end in zip(result, tokens, prompt_length, length, strict=True):
+            to[:begin] = 0
+            ends = self.ends(row[begin:end])
+            to[begin:end] = 1 + np.cumsum(ends) - ends
+        return result
+
+
 def token_positions(x: ArrayLike) -> Int[ArrayLike, "*batch time"]:
     """0, 1, 2, ... along the last axis, in the shape of `x`."""
     xp = x.__array_namespace__()
     return xp.broadcast_to(xp.arange(x.shape[-1]), x.shape)
+
+
+def step_ends(
+    tokens: Int[ArrayLike, "*batch time"],
+    in_response: Bool[ArrayLike, "*batch time"],
+    separators: Separators,
+) -> Bool[ArrayLike, "*batch time"]:
+    """Which tokens end a step: the separators of the response.
+
+    Separators are the ids that hold a blank line; in a response that has none of them, the ids that
+    hold a newline; in one that has none of these either, every token (released program).
+
+    Args:
+      tokens: ids.
+      in_response: which of them are the response's.
+      separators: ids that end a step.
+    """
+    xp = tokens.__array_namespace__()
+    ids = xp.where(in_response, tokens, 0)
+    blank_line = xp.asarray(separators.blank_line)[ids] & in_response
+    newline = xp.asarray(separators.newline)[ids] & in_response
+    return xp.where(
+        xp.any(blank_line, axis=-1, keepdims=True),
+        blank_line,
+        xp.where(xp.any(newline, axis=-1, keepdims=True), newline, in_response),
+    )
 
 
 def segment_steps(
@@ -63,9 +146,7 @@ def segment_steps(
 ) -> Int[ArrayLike, "*batch time"]:
     """Range of every token: 0 for the prompt, 1..S for the response's steps, -1 for padding.
 
-    A step ends right after its separator. Separators are the ids that hold a blank line; in a
-    response that has none of them, the ids that hold a newline; in one that has none of these
-    either, every token (released program).
+    A step ends right after its separator (`step_ends`).
 
     Args:
       tokens: prompt and response, right padded (what the padding holds does not matter).
@@ -80,14 +161,7 @@ def segment_steps(
     position = token_positions(tokens)
     in_prompt = position < prompt_length[..., None]
     in_response = ~in_prompt & (position < length[..., None])
-    ids = xp.where(in_response, tokens, 0)
-    blank_line = xp.asarray(separators.blank_line)[ids] & in_response
-    newline = xp.asarray(separators.newline)[ids] & in_response
-    ends_step = xp.where(
-        xp.any(blank_line, axis=-1, keepdims=True),
-        blank_line,
-        xp.where(xp.any(newline, axis=-1, keepdims=True), newline, in_response),
-    )
+    ends_step = step_ends(tokens, in_response, separators)
     ended_before = xp.cumulative_sum(xp.astype(ends_step, xp.int32), axis=-1) - ends_step
     step_ids = xp.where(in_prompt, 0, xp.where(in_response, 1 + ended_before, -1))
     return xp.astype(step_ids, xp.int32)

@@ -345,7 +345,7 @@ def _scoring(trees: Trees) -> list[Program]:
     """Scoring of initial responses, with FCI where it is used, and of continuations."""
     config = trees.config
     has_tree = config.branching.rule != "none"
-    with_fci = config.branching.rule == "fci" or config.expansion.filter_easy
+    with_fci = config.needs_fci
     kinds = [("score initial responses", with_fci)]
     if has_tree:
         kinds.append(("score continuations", False))

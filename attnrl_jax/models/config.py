@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "blockwise", "splash", "cudnn", "plain")
 REMAT = ("none", "attention", "dots", "full")
@@ -49,10 +45,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One of the Qwen2, Qwen3 and Llama families.
+    """A model of one of the `FAMILIES`.
 
     Attributes:
-      family: `qwen2`, `qwen3` or `llama`.
+      family: its name there.
       width: of the residual stream.
       head_dim: of one head; need not be width / num_heads.
       qkv_bias, o_bias, mlp_bias: which projections have biases.
@@ -184,28 +180,21 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         raise ModelError(f"rotary settings must be an object; got {rope!r}")
     if {**raw, **rope}.get("partial_rotary_factor", 1) != 1:
         raise ModelError("'partial_rotary_factor' other than 1 is not supported")
-    attention_bias = _flag(raw, "attention_bias")
-    # What transformers takes where `head_dim` is missing.
-    default_head_dim = 128 if family == "qwen3" else raw["hidden_size"] // heads
-    return ModelConfig(
-        family=family,
-        vocab_size=raw["vocab_size"],
-        width=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or default_head_dim,
-        mlp_width=raw["intermediate_size"],
-        rope_theta=_number({**raw, **rope}, "rope_theta", 10000.0),
-        rope_scaling=_rope_scaling(rope, raw),
-        norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        tie_embeddings=_flag(raw, "tie_word_embeddings"),
-        qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=family != "qwen2" and attention_bias,
-        mlp_bias=family == "llama" and _flag(raw, "mlp_bias"),
-        qk_norm=family == "qwen3",
-        max_length=raw.get("max_position_embeddings", 32768),
-    )
+    values: dict[str, Any] = {
+        "vocab_size": raw["vocab_size"],
+        "width": raw["hidden_size"],
+        "num_layers": raw["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+        "mlp_width": raw["intermediate_size"],
+        "rope_theta": _number({**raw, **rope}, "rope_theta", 10000.0),
+        "rope_scaling": _rope_scaling(rope, raw),
+        "norm_eps": _number(raw, "rms_norm_eps", 1e-6),
+        "tie_embeddings": _flag(raw, "tie_word_embeddings"),
+        "max_length": raw.get("max_position_embeddings", 32768),
+    }
+    return ModelConfig(family=family, **(values | FAMILIES[family].read(raw)))
 
 
 def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
@@ -261,7 +250,7 @@ def config_to_hf(config: ModelConfig, end_ids: tuple[int, ...], dtype: str) -> d
                 "original_max_position_embeddings": scaling.original_max_length,
             }
     raw: dict[str, Any] = {
-        "architectures": [FAMILIES[config.family]],
+        "architectures": [FAMILIES[config.family].architecture],
         "attention_dropout": 0.0,
         "dtype": dtype,
         "eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids),
@@ -281,10 +270,54 @@ def config_to_hf(config: ModelConfig, end_ids: tuple[int, ...], dtype: str) -> d
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
-    if config.family != "qwen2":
-        raw["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
-        raw["mlp_bias"] = config.mlp_bias
-    if config.family != "llama":
-        raw |= {"sliding_window": None, "use_sliding_window": False}
-    return raw
+    return raw | FAMILIES[config.family].write(config)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells a family of models from others of the same architecture: pre-norm layers of
+    grouped-query attention with rotary positions and SwiGLU, tensors named as Llama's.
+
+    Attributes:
+      architecture: its class in Hugging Face transformers.
+      read: from `config.json` to the fields of `ModelConfig` that all families do not read alike;
+        raises `ModelError` for a feature that would change the numbers and is not implemented.
+      write: from a model to the keys of `config.json` that all families do not have alike.
+    """
+
+    architecture: str
+    read: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: {}
+    write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+
+
+_FULL_ATTENTION = {"sliding_window": None, "use_sliding_window": False}
+
+
+def _read_qwen3(raw: dict[str, Any]) -> dict[str, Any]:
+    bias = _flag(raw, "attention_bias")
+    # What transformers takes where `head_dim` is missing.
+    head_dim = raw.get("head_dim") or 128
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "head_dim": head_dim}
+
+
+def _read_llama(raw: dict[str, Any]) -> dict[str, Any]:
+    bias = _flag(raw, "attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": _flag(raw, "mlp_bias")}
+
+
+# By `model_type`. Another family of this architecture is another entry: docs/extending.md.
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(
+        "Qwen2ForCausalLM", lambda raw: {"qkv_bias": True}, lambda config: _FULL_ATTENTION
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _read_qwen3,
+        lambda config: {"attention_bias": config.qkv_bias, **_FULL_ATTENTION},
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        _read_llama,
+        lambda config: {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias},
+    ),
+}

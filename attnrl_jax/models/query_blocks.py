@@ -37,7 +37,7 @@ def bands(time: int, block_length: int, group: int) -> tuple[int, list[tuple[sli
     ]
 
 
-def _logits(i: Array, q: Array, k: Array, visible_until: Array) -> Array:
+def masked_logits(i: Array, q: Array, k: Array, visible_until: Array) -> Array:
     """Scaled float32 logits of block i `[B, K, G, T, U]`, `MASKED` where a key is not visible."""
     query = (i * q.shape[3] + jnp.arange(q.shape[3]))[None, :, None]
     key = jnp.arange(k.shape[2])[None, None, :]
@@ -46,7 +46,7 @@ def _logits(i: Array, q: Array, k: Array, visible_until: Array) -> Array:
     return jnp.where(visible[:, None, None], q.shape[-1] ** -0.5 * logits, MASKED)
 
 
-def _softmax(logits: Array) -> tuple[Array, Array]:
+def softmax(logits: Array) -> tuple[Array, Array]:
     """Attention and log-sum-exp; of queries that see nothing (padding) 0 and -MASKED."""
     largest = logits.max(axis=-1)
     total = jnp.exp(logits - largest[..., None]).sum(axis=-1)
@@ -81,7 +81,7 @@ def forward(
 
         def query_block(columns, inputs, k=k, v=v, until=until):
             i, q, own_steps = inputs
-            weights, logsumexp = _softmax(_logits(i, q, k, until))
+            weights, logsumexp = softmax(masked_logits(i, q, k, until))
             if steps is not None:
                 own_ids, own_weights = own_steps
                 ahead = own_ids[:, :, None] >= steps.step_ids[:, None, : k.shape[2]] + steps.delta
@@ -133,7 +133,7 @@ def backward(
         def query_block(carry, inputs, k=k, v=v, until=until):
             d_k, d_v = carry
             i, q, d_out, logsumexp, mean = inputs
-            weights = jnp.exp(_logits(i, q, k, until) - logsumexp[..., None])
+            weights = jnp.exp(masked_logits(i, q, k, until) - logsumexp[..., None])
             d_weights = jnp.einsum(
                 "BKGTD,BKUD->BKGTU", d_out, v, preferred_element_type=jnp.float32
             )

@@ -20,6 +20,7 @@ from attnrl_jax.models.attention import KEPT, Route, StepWeights, attention
 from attnrl_jax.models.cached_attention import cached_attention
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.rotary import rotary_tables, rotate
+from attnrl_jax.models.step_maps import step_maps
 from attnrl_jax.sharding import BATCH, constrain
 from attnrl_jax.types import ArrayLike
 
@@ -43,12 +44,14 @@ class Output:
       hidden: after the last norm, in the compute dtype.
       key_values: of the given tokens.
       attention: post-softmax maps, float32.
+      step_attention: mean attention of the tokens of one range to those of another.
       fci: forward context influence by range (max over layers and heads), no range zeroed.
     """
 
     hidden: Float[Array, "batch time width"]
     key_values: KeyValues | None = None
     attention: Float[Array, "layer batch head query key"] | None = None
+    step_attention: Float[Array, "layer batch head step step"] | None = None
     fci: Float[Array, "batch step"] | None = None
 
 
@@ -63,6 +66,7 @@ class _Context:
     steps: StepWeights | None
     cache_read: int | None = struct.field(pytree_node=False, default=None)
     layout: str = struct.field(pytree_node=False, default="tree")
+    step_ranges: int = struct.field(pytree_node=False, default=0)
 
 
 class RMSNorm(nn.Module):
@@ -117,12 +121,17 @@ class Attention(nn.Module):
         q = rotate(q, context.cos, context.sin)
         k_BKTD = jnp.swapaxes(rotate(k, context.cos, context.sin), 1, 2)
         v_BKTD = jnp.swapaxes(v, 1, 2)
-        columns, maps = None, None
+        columns, maps, by_step = None, None, None
         if cache is None or context.cache_lengths is None:
             route = Route(config.attention, config.block_length, context.layout)
             out, columns, maps = attention(
                 q, k_BKTD, v_BKTD, context.visible_until, route, context.steps, self.keep_maps
             )
+            if context.steps is not None and context.step_ranges:
+                by_step = step_maps(
+                    q, k_BKTD, context.visible_until, context.steps, context.step_ranges,
+                    config.block_length,
+                )  # fmt: skip
         else:
             out = cached_attention(
                 q,
@@ -135,7 +144,7 @@ class Attention(nn.Module):
             )
         out = out.reshape(batch, time, config.num_heads * config.head_dim)
         out = _dense(config, config.width, config.o_bias, "o_proj")(out)
-        return out, KeyValues(jnp.swapaxes(k_BKTD, 2, 3), v_BKTD), columns, maps
+        return out, KeyValues(jnp.swapaxes(k_BKTD, 2, 3), v_BKTD), columns, (maps, by_step)
 
 
 class MLP(nn.Module):
@@ -218,6 +227,7 @@ class Transformer(nn.Module):
         layout: str = "tree",
         keep_key_values: bool = False,
         keep_attention: bool = False,
+        step_ranges: int = 0,
     ) -> Output:
         """One forward pass.
 
@@ -232,6 +242,8 @@ class Transformer(nn.Module):
           layout: what `visible_until` is promised to be, for kernels that do not take any: `single`
             (one right-padded row per sequence), `packed` (rows behind each other), `tree` (any).
           keep_key_values, keep_attention: ask for those outputs.
+          step_ranges: asks for `step_attention` of so many ranges, all of one sequence; needs
+            `step_ids`. Memory grows with layers x heads x step_ranges^2.
 
         Raises:
           ValueError: `config.attention` names a route that this model can never take.
@@ -261,14 +273,16 @@ class Transformer(nn.Module):
         steps = None
         if step_ids is not None:
             steps = StepWeights(step_ids, jnp.asarray(query_weights(step_ids)), delta)
-        context = _Context(cos, sin, visible_until, None, steps, layout=layout)
+        context = _Context(
+            cos, sin, visible_until, None, steps, layout=layout, step_ranges=step_ranges
+        )
         layers = _scanned(_remat(config.remat), config.num_layers)(
             config, keep_key_values, keep_attention, name="layers"
         )
         fci = jnp.zeros(tokens.shape, jnp.float32)
-        (x, fci), (key_values, maps) = layers((x, fci), None, context)
+        (x, fci), (key_values, (maps, by_step)) = layers((x, fci), None, context)
         x = RMSNorm(config, name="norm")(x)
-        return Output(x, key_values, maps, fci if steps is not None else None)
+        return Output(x, key_values, maps, by_step, fci if steps is not None else None)
 
 
 def group_layers(params: Any, groups: int) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Num
 
-from attnrl_jax.branching.steps import Separators, segment_steps
+from attnrl_jax.branching.steps import StepRule
 from attnrl_jax.sampling.sampler import Response
 from attnrl_jax.types import Leaves, Rollouts
 
@@ -189,16 +189,14 @@ def lay_out_column(
     return result
 
 
-def lay_out(
-    leaves: Leaves, rows: Int[np.ndarray, "chosen"], time: int, separators: Separators
-) -> Rollouts:
+def lay_out(leaves: Leaves, rows: Int[np.ndarray, "chosen"], time: int, rule: StepRule) -> Rollouts:
     """`Rollouts` of some rows; `problem` and `root` keep the numbers they have among all rows.
 
     Args:
       leaves: all rows, initial responses first.
       rows: which of them.
       time: width of the rows.
-      separators: ids that end a step.
+      rule: where steps end.
     """
     result = empty_rollouts(len(rows), time)
     for name in ("prompt_length", "length", "problem", "root", "split", "ended", "reward"):
@@ -210,23 +208,11 @@ def lay_out(
         result.version[k, prompt:start] = leaves.version[leaves.root[row]]
         result.version[k, start : result.length[k]] = leaves.version[row]
         result.fci[k, : leaves.num_ranges[row]] = leaves.fci[row]
-    result.step_ids[:] = segment_steps(
-        result.tokens, result.prompt_length, result.length, separators
-    )
+    result.step_ids[:] = rule.step_ids(result.tokens, result.prompt_length, result.length)
     return result
 
 
-def count_ranges(leaves: Leaves, separators: Separators) -> Int[np.ndarray, "row"]:
-    """Ranges of each initial response, the prompt's included: 1 + the largest of `segment_steps`,
-    of all rows and without laying them out."""
-
-    def steps(tokens: np.ndarray) -> int:
-        for marked in (separators.blank_line, separators.newline):
-            ends_step = np.asarray(marked)[tokens]
-            found = np.count_nonzero(ends_step)
-            if found:
-                # A step is open behind the last separator, unless that is the last token.
-                return int(found) + (not ends_step[-1])
-        return len(tokens)
-
-    return np.array([1 + steps(tokens) for tokens in leaves.tokens], np.int32)
+def count_ranges(leaves: Leaves, rule: StepRule) -> Int[np.ndarray, "row"]:
+    """Ranges of each initial response, the prompt's included: 1 + the largest of
+    `StepRule.step_ids`, of all rows and without laying them out."""
+    return np.array([1 + rule.count(tokens) for tokens in leaves.tokens], np.int32)

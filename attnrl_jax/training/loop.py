@@ -276,7 +276,7 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     report = StepReport(
         metrics, leaves, segments, advantages, problems, trained,
         [np.flatnonzero(trained)[rows] for rows in losses.not_finite], watch.spans,
-        lambda rows: lay_out(leaves, rows, config.width, setup.task.tokenizer.separators()),
+        lambda rows: lay_out(leaves, rows, config.width, setup.task.step_rule),
     )  # fmt: skip
     return state, report
 
@@ -284,8 +284,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
 def _plan(
     initial: Leaves, setup: Setup, easy: CumulativeMean, rng: np.random.Generator
 ) -> tuple[rollout.BranchPlan, CumulativeMean]:
-    separators = setup.task.tokenizer.separators()
-    return rollout.plan_branches(initial, setup.config, separators, easy, rng)
+    rule = setup.task.step_rule
+    return rollout.plan_branches(initial, setup.config, rule, easy, rng, setup.branch_rule)
 
 
 def _branch_noise(config: TrainConfig, step: int) -> np.random.Generator:

@@ -25,8 +25,9 @@ from attnrl_jax.algorithms.advantages import (
     token_advantages,
 )
 from attnrl_jax.branching.importance import mask_candidates
-from attnrl_jax.branching.selection import BranchPositions, branch_positions
-from attnrl_jax.branching.steps import Separators, count_steps, end_of_thinking
+from attnrl_jax.branching.positions import BranchPositions, BranchRule, check_positions
+from attnrl_jax.branching.selection import branch_positions
+from attnrl_jax.branching.steps import StepRule, count_steps, end_of_thinking
 from attnrl_jax.branching.tree import PathSegments, path_segments
 from attnrl_jax.packing import row_paths, take_rows
 from attnrl_jax.sampling.sampler import Request
@@ -99,9 +100,10 @@ class BranchPlan:
 def plan_branches(
     initial: Leaves,
     config: TrainConfig,
-    separators: Separators,
+    step_rule: StepRule,
     easy_mean: CumulativeMean,
     rng: np.random.Generator,
+    branch_rule: BranchRule = branch_positions,
 ) -> tuple[BranchPlan, CumulativeMean]:
     """Chooses which initial responses branch, and where.
 
@@ -110,21 +112,25 @@ def plan_branches(
     Args:
       initial: scored and judged initial responses, the same number for every problem.
       config: of training.
-      separators: ids that end a step.
+      step_rule: where steps end.
       easy_mean: state of the easy filter.
       rng: for random subsets and random positions.
+      branch_rule: chooses the positions.
+
+    Raises:
+      ValueError: the branch rule chose what is no position inside its response.
     """
     num_problems = int(initial.problem.max()) + 1
     grid = (num_problems, -1)
-    # Random positions are drawn for all responses at once.
-    shared_out = config.branching.rule != "random"
+    # Random positions are drawn for all responses at once; so may be those of a rule of the user's.
+    shared_out = config.branching.rule not in ("random", "custom")
     share = processes.share(num_problems) | (not shared_out)
     own = np.arange(len(initial.problem)).reshape(grid)[share].reshape(-1)
-    rows = lay_out(initial, own, config.width, separators)
-    after_think = np.asarray(end_of_thinking(rows.tokens, rows.step_ids, separators))
+    rows = lay_out(initial, own, config.width, step_rule)
+    after_think = np.asarray(end_of_thinking(rows.tokens, rows.step_ids, step_rule.separators))
     refused = None if config.branching.after_think else after_think
     fci = np.asarray(mask_candidates(rows.fci, config.branching.zero_first, refused))
-    found = branch_positions(
+    found = branch_rule(
         config.branching,
         fci=fci,
         entropy=rows.entropy,
@@ -134,6 +140,7 @@ def plan_branches(
         first_after_think=after_think,
         rng=rng,
     )
+    check_positions(found, rows.length - rows.prompt_length, config.branching.num_positions)
     num_steps = np.asarray(count_steps(rows.step_ids))
     responses = (int(share.sum()), len(initial.problem) // num_problems)
     level = attention_level(fci.reshape(*responses, fci.shape[-1]), num_steps.reshape(responses))
@@ -148,7 +155,7 @@ def plan_branches(
         )
         return plan, easy_mean
     expansion, easy_mean = select_expanded(
-        initial.reward.reshape(grid) > 0, level, easy_mean, rng, config.expansion
+        initial.reward.reshape(grid) >= 0.5, level, easy_mean, rng, config.expansion
     )
     return BranchPlan(positions, expansion.expanded.reshape(-1), expansion.dropped), easy_mean
 

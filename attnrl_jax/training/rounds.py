@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attnrl_jax import processes
-from attnrl_jax.branching.steps import segment_steps
 from attnrl_jax.evaluation import judged_text
 from attnrl_jax.packing import row_paths
 from attnrl_jax.sampling.sampler import Request, Response, sample
@@ -265,8 +264,8 @@ def score(
     Returns:
       a function that waits for it, and for the judge, and returns the rows with what both say.
     """
-    config, separators = setup.config, setup.task.tokenizer.separators()
-    with_fci = roots is None and (config.branching.rule == "fci" or config.expansion.filter_easy)
+    config, rule = setup.config, setup.task.step_rule
+    with_fci = roots is None and config.needs_fci
     devices = layout(policy.mesh)
 
     def tokens(rows: np.ndarray) -> np.ndarray:
@@ -274,11 +273,11 @@ def score(
 
     def step_ids(rows: np.ndarray) -> np.ndarray:
         lengths = leaves.prompt_length[rows], leaves.length[rows]
-        return np.asarray(segment_steps(tokens(rows), *lengths, separators))
+        return rule.step_ids(tokens(rows), *lengths)
 
     with watch.stage("score"), under(policy.mesh):
         if with_fci:
-            leaves = dataclasses.replace(leaves, num_ranges=count_ranges(leaves, separators))
+            leaves = dataclasses.replace(leaves, num_ranges=count_ranges(leaves, rule))
         scored = start_scoring(
             policy.params,
             setup.model,

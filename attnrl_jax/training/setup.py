@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from attnrl_jax.branching.positions import BranchRule
+from attnrl_jax.branching.selection import branch_positions
+from attnrl_jax.branching.steps import Segmenter, StepRule
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sharding import batch_devices, batch_sharding
@@ -31,6 +34,7 @@ class Task:
       tokenizer: of the policy.
       prompt: token ids of a problem's prompt.
       judge: (response text, golds) pairs to rewards.
+      segmenter: where steps end, if not at blank lines.
     """
 
     stream: ProblemStream
@@ -38,6 +42,12 @@ class Task:
     tokenizer: Tokenizer
     prompt: Callable[[Problem], np.ndarray]
     judge: Judge
+    segmenter: Segmenter | None = None
+
+    @property
+    def step_rule(self) -> StepRule:
+        """How responses are cut into steps."""
+        return StepRule(self.tokenizer.separators(), self.segmenter)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Setup:
       sampling_mesh: devices of sampling, those of `mesh` or others; None: `mesh`.
       reference: parameters of the reference policy; None where the loss has no KL penalty.
       sampling_dtype: of sampling, where it is not the model's.
+      branch_rule: chooses the branch positions.
       on_stage: called with the name of each stage as it begins.
       interrupt: called again and again while a step can still be given up without loss (until its
         update begins), in the same order by all processes; it raises to end the run.
@@ -64,6 +75,7 @@ class Setup:
     sampling_mesh: Mesh | None = None
     reference: Any = None
     sampling_dtype: str = ""
+    branch_rule: BranchRule = branch_positions
     on_stage: Callable[[str], None] = lambda stage: None
     interrupt: Callable[[], None] = lambda: None
 

@@ -21,7 +21,7 @@ from attnrl_jax.algorithms.adaptive import (
 )
 from attnrl_jax.algorithms.advantages import AdvantageNorm
 from attnrl_jax.algorithms.losses import LossConfig
-from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.branching.positions import BranchingConfig
 from attnrl_jax.sampling.requests import LEAST_TEMPERATURE
 from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.shapes import bucket_length
@@ -251,6 +251,11 @@ class TrainConfig:
         """The sampler's settings; a cache length left open is that of the longest path."""
         longest = self.prompt_budget + self.response_budget
         return replace(self.sampler, cache_length=self.sampler.cache_length or longest)
+
+    @property
+    def needs_fci(self) -> bool:
+        """Whether initial responses are scored with forward context influence."""
+        return self.branching.rule in ("fci", "custom") or self.expansion.filter_easy
 
     @property
     def rows_per_problem(self) -> int:

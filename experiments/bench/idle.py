@@ -21,7 +21,7 @@ import numpy as np
 from attnrl_jax import processes, scoring
 from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
 from attnrl_jax.algorithms.losses import LossMetrics
-from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.branching.positions import BranchingConfig
 from attnrl_jax.compilation.chips import CHIPS
 from attnrl_jax.evaluation import judged_text
 from attnrl_jax.sampling import sampler

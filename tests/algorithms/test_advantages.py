@@ -18,7 +18,8 @@ from attnrl_jax.algorithms.advantages import (
     segment_advantages,
     token_advantages,
 )
-from attnrl_jax.branching.selection import BranchingConfig, fci_branch_positions
+from attnrl_jax.branching.positions import BranchingConfig
+from attnrl_jax.branching.selection import fci_branch_positions
 from attnrl_jax.branching.tree import path_segments
 from tests.golden_data import RecordedChoices, load_json, load_npz, question_arrays
 

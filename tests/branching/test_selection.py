@@ -11,8 +11,9 @@ from attnrl_jax.algorithms.adaptive import (
     attention_level,
     select_expanded,
 )
+from attnrl_jax.branching.positions import BranchingConfig, BranchPositions, check_positions
 from attnrl_jax.branching.selection import (
-    BranchingConfig,
+    best_step_positions,
     branch_positions,
     entropy_branch_positions,
     fci_branch_positions,
@@ -294,3 +295,32 @@ def test_rules_share_one_entry(rule):
 def test_invalid_settings_are_named(setting, value):
     with pytest.raises(ValueError, match=f"branching {setting}="):
         BranchingConfig(**{setting: value})
+
+
+def test_positions_at_the_steps_of_the_highest_scores():
+    """The rule of the user's that is the FCI equals the rule by FCI where every FCI counts."""
+    config = BranchingConfig(num_positions=2, min_distance=3, quantile=0.0)
+    step_ids = np.arange(24)[None, :] // 4 + np.zeros((3, 1), int)
+    scores = np.random.default_rng(0).random((3, 6)).astype(np.float32) + 0.1
+    starts, ends = step_bounds(step_ids, 6)
+    expected = fci_branch_positions(scores, starts, ends, count_steps(step_ids), config)
+    found = best_step_positions(scores, step_ids, config)
+    np.testing.assert_array_equal(found.offsets, expected.offsets)
+    np.testing.assert_array_equal(found.valid, expected.valid)
+    assert found.valid.all()
+    assert not found.by_importance.any()
+    scores[:, 2:5] = -np.inf
+    found = best_step_positions(scores, step_ids, config)
+    assert found.steps[found.valid].tolist() == [5, 5, 5]
+
+
+def test_what_a_rule_returns_is_checked():
+    good = best_step_positions(FCI, STEP_IDS, BranchingConfig())
+    check_positions(good, np.full(len(FCI), 5), 2)
+    with pytest.raises(ValueError, match=r"offsets of shape .* must be \[\d+, 3\]"):
+        check_positions(good, np.full(len(FCI), 5), 3)
+    for offset in (0, 5):
+        one = np.array([[offset]], np.int32)
+        wrong = BranchPositions(one, one, one < 0, one >= 0)
+        with pytest.raises(ValueError, match=f"offset {offset} of a response of 5 tokens"):
+            check_positions(wrong, np.array([5]), 1)

@@ -5,6 +5,7 @@ import pytest
 
 from attnrl_jax.branching.steps import (
     Separators,
+    StepRule,
     count_steps,
     end_of_thinking,
     segment_steps,
@@ -111,3 +112,24 @@ def test_separators_from_texts():
     np.testing.assert_array_equal(separators.newline, [0, 1, 1, 1, 1, 0])
     with pytest.raises(ValueError, match="end_think=6"):
         Separators.from_texts(texts, end_think=6)
+
+
+def every_third(response):
+    ends = np.zeros(len(response), bool)
+    ends[2::3] = True
+    return ends
+
+
+def test_a_segmenter_cuts_responses_its_own_way():
+    rule = StepRule(Separators(np.zeros(9, bool), np.zeros(9, bool)), every_third)
+    tokens = np.arange(14).reshape(2, 7) % 9
+    step_ids = rule.step_ids(tokens, np.array([1, 0]), np.array([7, 5]))
+    assert step_ids.tolist() == [[0, 1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, -1, -1]]
+    assert [rule.count(tokens[0, :n]) for n in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", [lambda r: np.ones(len(r)), lambda r: np.ones(3, bool)])
+def test_what_a_segmenter_returns_is_checked(wrong):
+    rule = StepRule(Separators(np.zeros(9, bool), np.zeros(9, bool)), wrong)
+    with pytest.raises(ValueError, match=r"returned .* it must return bool\[7\]"):
+        rule.step_ids(np.arange(7)[None], np.array([0]), np.array([7]))

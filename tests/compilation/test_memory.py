@@ -14,7 +14,7 @@ import pytest
 
 from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig
 from attnrl_jax.algorithms.losses import LossConfig
-from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.branching.positions import BranchingConfig
 from attnrl_jax.compilation import memory
 from attnrl_jax.compilation.memory import (
     DeviceMemoryError,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from attnrl_jax.algorithms.losses import LossMetrics
-from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.branching.positions import BranchingConfig
 from attnrl_jax.compilation.programs import compile_program, run_programs
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.models.transformer import init_params

@@ -288,7 +288,7 @@ def test_trees_of_a_long_run_are_few(tmp_path):
     """Every 2nd, 4th, ... stays, and the newest."""
     files = RunFolder(tmp_path)
     for step in range(1, 1001):
-        files.write_tree(step, {"step": step})
+        files.write_trees(step, [])
     files.close()
     steps = sorted(int(p.stem[5:]) for p in (tmp_path / "trees").iterdir())
     assert len(steps) <= 200

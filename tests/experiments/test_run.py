@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -81,11 +82,21 @@ def test_guards_are_those_of_the_documents():
     assert given == dataclasses.asdict(GuardConfig())
 
 
-def test_example_trees_hold_text_values_and_importance(finished):
+def test_trees_hold_text_values_and_importance(finished):
     folder, _ = finished
     trees = sorted((folder / "trees").glob("*.json"))
     assert [t.name for t in trees] == [f"step_00000{s}.json" for s in (1, 2, 3)]
-    tree = json.loads(trees[0].read_text())
+    recorded = json.loads(trees[0].read_text())
+    assert recorded["step"] == 1
+    ids = [tree["problem"]["id"] for tree in recorded["problems"]]
+    # All four problems of the step; behind the most telling one in an order of their own.
+    assert len({*ids}) == 4
+    assert ids[1:] == sorted(ids[1:], key=lambda name: hashlib.sha256(name.encode()).digest())
+    for tree in recorded["problems"]:
+        check_tree(tree)
+
+
+def check_tree(tree):
     leaves = tree["leaves"]
     assert 0 <= tree["value"] <= 1
     assert abs(tree["value"] - sum(leaf["reward"] for leaf in leaves) / len(leaves)) < 1e-6
@@ -94,11 +105,18 @@ def test_example_trees_hold_text_values_and_importance(finished):
         assert leaf["root"] in roots
         if leaf["row"] != leaf["root"]:
             root = roots[leaf["root"]]
-            shared = [s["text"] for s in root["steps"] if s["start"] < leaf["split"]]
-            assert [s["text"] for s in leaf["steps"]][: len(shared)] == shared
+            # Branches by FCI are at the start of a step.
+            assert leaf["steps"][0]["start"] == leaf["split"]
+            assert all(step["fci"] is None for step in leaf["steps"])
             branched = [s for s in root["steps"] if s["start"] == leaf["split"]]
             assert branched
             assert branched[0]["fci"] > 0
+        own = [*(s for s in roots[leaf["root"]]["steps"] if s["end"] <= leaf["split"])]
+        path = leaf["steps"] if leaf["root"] == leaf["row"] else own + leaf["steps"]
+        ends = [step["end"] for step in path]
+        assert [step["start"] for step in path] == [0, *ends[:-1]]
+        assert ends[-1] == leaf["length"]
+        assert leaf["segments"][-1]["end"] == leaf["length"]
 
 
 @pytest.mark.parametrize(("stage", "occurrence"), [("generate", 2), ("update", 1)])

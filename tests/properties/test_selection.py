@@ -20,7 +20,8 @@ from attnrl_jax.algorithms.adaptive import (
     problems_with_signal,
     select_expanded,
 )
-from attnrl_jax.branching.selection import BranchingConfig, branch_positions
+from attnrl_jax.branching.positions import BranchingConfig
+from attnrl_jax.branching.selection import branch_positions
 from tests.properties.strategies import cases
 
 # Multiples of a power of two, so that quantiles are the same numbers in any precision, and few of

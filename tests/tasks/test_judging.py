@@ -300,8 +300,9 @@ def test_workers_are_limited_in_memory():
     """In a process of its own, as the limit cannot be taken back: 64 MiB are not a gigabyte."""
     code = """
 from attnrl_jax.tasks.answers import math_verify_equal
+from attnrl_jax.tasks.judging import warm_math_verify
 from attnrl_jax.tasks.judging_pool import start_worker
-start_worker(64 * 2**20)
+start_worker(64 * 2**20, warm_math_verify)
 try:
     bytearray(2**30)
 except MemoryError:
@@ -360,7 +361,8 @@ def test_questions_under_way_are_asked_once(hasty_judge):
 def test_a_lost_question_is_not_remembered():
     with MathJudge() as fresh:
         fresh.judge_many([SURD])
-        pending = fresh.submit([surd(2), hang(6), hang(7)])
+        # Both workers are busy when the third is asked.
+        pending = fresh.submit([hang(6), hang(7), surd(2)])
         fresh.close()
         assert pending.result().counts == JudgeCounts(failures=3)
         assert fresh.judge_many([surd(2)]).counts == JudgeCounts(verified=1)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from attnrl_jax.branching.steps import Separators, segment_steps
+from attnrl_jax.branching.steps import Separators, StepRule, segment_steps
 from attnrl_jax.sampling.sampler import Response
 from attnrl_jax.training.leaves import (
     continuation_leaves,
@@ -54,7 +54,9 @@ CONTINUED = scored(
 
 
 def test_hand_computed_rows():
-    rows = lay_out(join_leaves(INITIAL, CONTINUED), np.arange(7), 6, Separators(NONE, NONE))
+    rows = lay_out(
+        join_leaves(INITIAL, CONTINUED), np.arange(7), 6, StepRule(Separators(NONE, NONE))
+    )
     np.testing.assert_array_equal(
         rows.tokens,
         [
@@ -82,7 +84,8 @@ def test_hand_computed_rows():
 def test_some_rows_are_those_among_all():
     both = join_leaves(INITIAL, CONTINUED)
     every, some = (
-        lay_out(both, np.array(rows), 6, Separators(NONE, NONE)) for rows in (range(7), (5, 2))
+        lay_out(both, np.array(rows), 6, StepRule(Separators(NONE, NONE)))
+        for rows in (range(7), (5, 2))
     )
     for name, x in vars(some).items():
         np.testing.assert_array_equal(x, getattr(every, name)[[5, 2]], err_msg=name)
@@ -118,4 +121,6 @@ def test_ranges_are_counted_as_steps_are_cut(seed):
     leaves = initial_leaves([np.array([5, 5])], [responses], 0)
     tokens = lay_out_column(leaves, "tokens", np.arange(30), 12)
     step_ids = segment_steps(tokens, leaves.prompt_length, leaves.length, separators)
-    np.testing.assert_array_equal(count_ranges(leaves, separators), 1 + step_ids.max(axis=1))
+    np.testing.assert_array_equal(
+        count_ranges(leaves, StepRule(separators)), 1 + step_ids.max(axis=1)
+    )

@@ -10,7 +10,7 @@ import pytest
 
 from attnrl_jax.algorithms.adaptive import AdaptiveExpansionConfig, BatchSizeConfig
 from attnrl_jax.algorithms.losses import LossConfig
-from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.branching.positions import BranchingConfig
 from attnrl_jax.branching.tree import PathSegments
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.scoring import score

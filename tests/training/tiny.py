@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from attnrl_jax.algorithms.losses import LossConfig
-from attnrl_jax.branching.selection import BranchingConfig
+from attnrl_jax.branching.positions import BranchingConfig
 from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.sampling.sampler import SamplerConfig
 from attnrl_jax.tasks.judging import JudgeCounts, Verdicts
