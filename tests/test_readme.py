@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from tests.documents import ROOT, blocks, run_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def test_library_blocks_run_in_order(capsys):
-    namespace = {"__name__": "__main__"}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), namespace)
-    printed = capsys.readouterr().out
+def test_library_blocks_run_in_order():
+    namespace, printed = run_blocks(README)
     assert "\\boxed{" in printed
     assert "branch at response tokens [" in printed
     assert namespace["verdicts"].rewards.tolist() == [1.0]
@@ -29,7 +20,7 @@ def test_library_blocks_run_in_order(capsys):
 
 
 def test_two_commands_set_everything_up():
-    set_up = [block.strip() for block in blocks("bash") if "-m venv" in block]
+    set_up = [block.strip() for block in blocks(README, "bash") if "-m venv" in block]
     assert len(set_up) == 2
     run, test = set_up
     for command, requirements, module in (
@@ -46,4 +37,4 @@ def test_two_commands_set_everything_up():
 
 
 def test_nothing_is_left_to_fill_in():
-    assert "@@" not in README
+    assert "@@" not in README.read_text()

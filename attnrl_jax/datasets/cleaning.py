@@ -296,17 +296,17 @@ def went_through_float(gold: str) -> bool:
 
     It did if it
 
-    - is at least 2**53 and exactly a float, as every number printed from one is: of other integers
-      of 18 digits one in 16 to 128 is, of 20 digits at most one in 2,048;
+    - is at least `2**53` and exactly a float, as every number printed from one is: of other
+      integers of 18 digits one in 16 to 128 is, of 20 digits at most one in 2,048;
     - is not the shortest decimal that names this float. This spares the round numbers people
-      write: 2 * 10**22 is a float too, but its shortest decimal is itself;
-    - keeps a factor above 2**31 when primes below 100 are divided out. This spares the integers
-      that are floats by their powers of two: 2**60, 6**30, 22!, and the perfect
-      number 2**30 (2**31 - 1).
+      write: `2 * 10**22` is a float too, but its shortest decimal is itself;
+    - keeps a factor above `2**31` when primes below 100 are divided out. This spares the integers
+      that are floats by their powers of two: `2**60`, `6**30`, 22!, and the perfect
+      number `2**30 (2**31 - 1)`.
 
     Scientific notation counts as such an integer where it has 16 digits or more, which is how a
     large float is printed. A false alarm needs an answer of 17 digits or more; a corrupted one is
-    missed where it is below 2**53 or happens to end in zeros from the 17th digit on.
+    missed where it is below `2**53` or happens to end in zeros from the 17th digit on.
     """
     text = gold_text(gold).strip().strip("$").strip()
     if match := _FLOAT.fullmatch(text):

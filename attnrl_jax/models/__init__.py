@@ -1,0 +1,1 @@
+"""The causal language model with its attention exposed; the only place that knows flax modules."""

@@ -1,0 +1,1 @@
+"""Training: state, rounds of generation, rows, update, the loop, checkpoints, guards."""

@@ -56,7 +56,7 @@ class StepReport:
     """What a training step did.
 
     Attributes:
-      metrics: name to number; names and units are listed in the README.
+      metrics: name to number; names and units are in `docs/metrics.md`.
       leaves: of the step's trees, with rewards.
       segments: their paths and values.
       leaf_advantages: of `leaves`, before filtering.

@@ -21,7 +21,7 @@ def sampling_metrics(
     advantages: Advantages,
     version: int,
 ) -> dict[str, float]:
-    """What a step's rows look like before the update; names and units are listed in the README.
+    """What a step's rows look like before the update; names and units are in `docs/metrics.md`.
 
     Args:
       rows: every leaf of the step's trees.

@@ -81,7 +81,7 @@ class BranchPlan:
     expanded: Bool[np.ndarray, "row"]
     dropped: Bool[np.ndarray, "problem"]
 
-    def list(self) -> list[tuple[int, int]]:
+    def list(self) -> Sequence[tuple[int, int]]:
         """`(row, offset)` of every branch position, row by row."""
         rows, columns = np.nonzero(self.positions.valid & self.expanded[:, None])
         offsets = self.positions.offsets[rows, columns]

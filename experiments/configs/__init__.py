@@ -1,0 +1,1 @@
+"""Configurations: a file each, with one `get_config()`."""

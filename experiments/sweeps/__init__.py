@@ -1,0 +1,1 @@
+"""Sweeps: a file each, with one `get_sweep()`."""
