@@ -27,10 +27,11 @@ def recorded_problems(report: StepReport, tokenizer: Tokenizer, count: int) -> l
       count: how many problems, at most.
 
     Returns:
-      for each problem its text and answers, the value of the root, and its leaves. A leaf has its
-      reward, the value, advantage and extent of every segment of its path, and its steps with text,
-      extent in tokens, FCI (None where it was not computed) and the version of the parameters that
-      sampled them; of a continuation those steps that it does not wholly share with its root.
+      for each problem its text and answers, the ids of its prompt, the value of the root, and its
+      leaves. A leaf has its reward, the ids of an initial response, the value, advantage and extent
+      of every segment of its path, and its steps with text, extent in tokens, FCI (None where it
+      was not computed) and the version of the parameters that sampled them; of a continuation those
+      steps that it does not wholly share with its root.
     """
     leaves = report.leaves
     problems, group = np.unique(leaves.problem, return_inverse=True)
@@ -96,6 +97,8 @@ def _recorded(report: StepReport, tokenizer: Tokenizer, problem: int) -> dict[st
                 "reward": float(rows.reward[k]),
                 "ended": bool(rows.ended[k]),
                 "trained": bool(report.trained[row]),
+                # Of what is scored again to look at its attention.
+                "tokens": rows.tokens[k, prompt : rows.length[k]].tolist() if is_initial else None,
                 "steps": steps,
                 "segments": segments,
             }
@@ -103,6 +106,7 @@ def _recorded(report: StepReport, tokenizer: Tokenizer, problem: int) -> dict[st
     shown = report.problems[problem]
     return {
         "problem": {"id": shown.id, "text": shown.text, "answers": list(shown.answers)},
+        "prompt": rows.tokens[0, : rows.prompt_length[0]].tolist(),
         "value": float(report.segments.root_value[members[0]]),
         "leaves": recorded,
     }
