@@ -78,6 +78,7 @@ from experiments.evaluation_files import (
 from experiments.folders import claimed
 from experiments.settings import SettingError
 from experiments.tasks import Policy, params_on_mesh, shipped_policy
+from experiments.terminal import make_console
 
 
 def evaluate(
@@ -303,7 +304,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = commands.parser(__doc__, "evaluate")
+    parser = commands.parser(
+        __doc__, "evaluate", "show nothing but warnings, errors and the tables at the end"
+    )
     add = parser.add_argument
     add(
         "--model",
@@ -378,7 +381,9 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print(listing())
     else:
-        evaluate(arguments, Console())
+        results = evaluate(arguments, make_console(arguments.quiet))
+        if arguments.quiet:
+            print(markdown(results))
 
 
 if __name__ == "__main__":

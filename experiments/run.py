@@ -7,6 +7,11 @@
 Without arguments the small policy that comes with the project learns problems that the program
 makes. The same command with the same `--workdir` continues a run that was stopped, however it was;
 Ctrl-C and SIGTERM save first, and end with exit code 130 and 143.
+
+    python -m experiments.run --settings
+    python -m experiments.run --config=FILE --config.method=grpo --settings
+
+prints every setting with its value and its meaning; `--config.NAME=VALUE` changes it.
 """
 
 from __future__ import annotations
@@ -40,8 +45,7 @@ from attnrl_jax.training.loop import NotFiniteError
 from attnrl_jax.training.process_metrics import compilations
 from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import abstract_state, init_state
-from experiments import reporting
-from experiments.commands import config_fault, interrupted, stop
+from experiments.commands import config_fault, interrupted, show_help, stop
 from experiments.folders import flat
 from experiments.records import METRICS_FILE, read_metrics
 from experiments.run_folder import (
@@ -54,8 +58,10 @@ from experiments.run_folder import (
     record_problems,
 )
 from experiments.session import Session
+from experiments.setting_list import setting_list
 from experiments.settings import Settings, build
 from experiments.tasks import build_task, load_policy
+from experiments.terminal import Terminal, make_console
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 
@@ -95,7 +101,7 @@ def run(
     with processes.first_ahead():
         task, skipped, prepared = build_task(settings, policy)
     train = settings.train
-    terminal = reporting.Terminal(train.steps, console)
+    terminal = Terminal(train.steps, console, train.max_sampled_tokens)
     with ExitStack() as held:
         held.callback(task.judge.close)
         held.enter_context(claimed_run(folder, config, free))
@@ -194,7 +200,7 @@ def main(argv: list[str]) -> None:
         name = f"{config.get('method')}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(flag.workdir or Path("runs") / processes.from_first(name)).absolute()
         again = f"continue with the same command and --workdir={folder}"
-        console = Console(quiet=not processes.is_first())
+        console = make_console(quiet=flag.quiet or not processes.is_first())
         history = run(config, folder, console, flag.allow_change)
     except InterruptedRunError as wish:
         processes.disconnect()
@@ -206,7 +212,8 @@ def main(argv: list[str]) -> None:
             raise
         stop(error, told=isinstance(error, NotFiniteError | SaveError))
     if processes.is_first():
-        print(f"metrics, trees, checkpoints and curve.png are in {folder}")
+        if not flag.quiet:
+            print(f"metrics, trees, checkpoints and curve.png are in {folder}")
         print(result_line(history))
 
 
@@ -232,14 +239,25 @@ def command() -> None:
         "Seconds that the other processes are waited for, at the start and when one is silent.",
     )
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    flags.DEFINE_bool("quiet", False, "Show nothing but warnings, errors and the last line.")
+    flags.DEFINE_bool(
+        "settings", False, "Print every setting with its value and its meaning, and run nothing."
+    )
     app.define_help_flags()
     try:
         config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
+        show_help(__doc__)
         # ml_collections runs the file, and applies --config.name=value, as flags are parsed.
         arguments = flags.FLAGS(sys.argv)
     except Exception as error:
         stop(ValueError(config_fault(error)))
     flag = flags.FLAGS
+    if flag.settings:
+        try:
+            print(setting_list(build(flag.config)))
+        except ValueError as error:
+            stop(error)
+        return
     try:
         processes.connect(
             flag.coordinator, flag.num_processes, flag.process_id, flag.process_timeout

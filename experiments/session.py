@@ -29,8 +29,10 @@ from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import LoopState, TrainState
 from experiments import reporting
 from experiments.folders import differences
+from experiments.pictures import plot_history
 from experiments.records import METRICS_FILE, RunFolder, read_metrics
 from experiments.run_folder import check_notes, record_changes
+from experiments.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Session:
     settings: dict[str, Any]
     guards: GuardConfig
     checkpointer: Checkpointer
-    terminal: reporting.Terminal
+    terminal: Terminal
 
     def begin(self, first: TrainState) -> Begun:
         """Warms up the pipeline of a new run."""
@@ -146,7 +148,7 @@ class Session:
                 terminal.console.print(reporting.draw_timeline(spans))
         if processes.is_first():
             history = read_metrics(self.folder / METRICS_FILE)
-            reporting.plot_history(history, self.folder / "curve.png")
+            plot_history(history, self.folder / "curve.png")
 
     def _keep(self, report: StepReport, files: RunFolder) -> dict[str, Any] | None:
         """Writes what is left of a step besides its metrics; its example tree."""

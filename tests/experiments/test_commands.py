@@ -14,7 +14,7 @@ from experiments.commands import stop
         (ValueError("no such setting"), 2, "error: no such setting\n"),
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (ProcessError("one died"), 1, "error: one died\n"),
-        (RuntimeError("a bug"), 1, "error: RuntimeError: a bug (--debug shows where)\n"),
+        (RuntimeError("a bug"), 1, "error: RuntimeError: a bug (--debug shows the traceback)\n"),
     ],
 )
 def test_what_was_given_is_told_from_what_may_work_again(error, code, message, capsys):
