@@ -62,6 +62,7 @@ from experiments.setting_list import setting_list
 from experiments.settings import Settings, build
 from experiments.tasks import build_task, load_policy
 from experiments.terminal import Terminal, make_console
+from experiments.weights_and_biases import WeightsAndBiases, check_installed
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 
@@ -90,6 +91,7 @@ def run(
     """
     compilations()
     settings = build(config)
+    check_installed(settings.logging.wandb)
     free = freed(config, allowed)
     check_same_settings(as_json(config))
     mesh, sampling_mesh = make_meshes(settings.mesh)
@@ -105,6 +107,11 @@ def run(
     with ExitStack() as held:
         held.callback(task.judge.close)
         held.enter_context(claimed_run(folder, config, free))
+        values, tracker = flat(as_json(config)), None
+        if settings.logging.wandb and processes.is_first():
+            # Before the live display, which would hide that wandb asks for an account.
+            tracker = WeightsAndBiases(settings.logging.wandb, folder, values, terminal.warn)
+            held.enter_context(closing(tracker))
         held.enter_context(terminal)
         interruption = held.enter_context(Interruption())
         check_shared(folder)
@@ -132,7 +139,7 @@ def run(
         # A run that goes on needs no arrays beside those of its checkpoint.
         first = (init_state if done is None else abstract_state)(params, train.optimizer, mesh)
         del params
-        session = Session(setup, folder, flat(as_json(config)), settings.guards, saved, terminal)
+        session = Session(setup, folder, values, settings.guards, saved, terminal, tracker)
         try:
             begun = session.begin(first) if done is None else session.resume(first, config, free)
             session.train(begun)

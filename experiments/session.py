@@ -33,6 +33,7 @@ from experiments.pictures import plot_history
 from experiments.records import METRICS_FILE, RunFolder, read_metrics
 from experiments.run_folder import check_notes, record_changes
 from experiments.terminal import Terminal
+from experiments.weights_and_biases import WeightsAndBiases
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Session:
       guards: when to warn.
       checkpointer: of the run.
       terminal: shows progress.
+      tracker: is sent the metrics as well.
     """
 
     setup: Setup
@@ -72,6 +74,7 @@ class Session:
     guards: GuardConfig
     checkpointer: Checkpointer
     terminal: Terminal
+    tracker: WeightsAndBiases | None = None
 
     def begin(self, first: TrainState) -> Begun:
         """Warms up the pipeline of a new run."""
@@ -172,6 +175,8 @@ class Session:
             metrics = metrics | evaluate(state, self.setup)
         metrics = {"step": metrics["step"], **metrics, **process_metrics()}
         files.write_metrics(metrics)
+        if self.tracker is not None:
+            self.tracker.write(metrics)
         self.terminal.step(metrics)
         self.terminal.warn_of(collapse_warnings(metrics, files.first, self.guards))
         return metrics.get("held_out/accuracy")
