@@ -1,8 +1,8 @@
 """Compiles every program of a run for a TPU that is not there, and says what it would need.
 
     pip install -r requirements-tpu-aot.txt
-    python -m experiments.aot --config=experiments/configs/r1_distill_qwen_1p5b.py \\
-        --topology=v5e:4x4
+    python -m experiments.aot --topology=v5e:4x4 \\
+        --config=experiments/configs/r1_distill_qwen_1p5b.py
     python -m experiments.aot --config=FILE:METHOD --topology=v5p:2x2x2 \\
         --config.sampler.slots=64 --json=FILE.json
 
@@ -14,15 +14,16 @@ core and a few GB of memory. It ends with code 1 if something does not fit.
 
 What is counted, for each program and device:
 
-    arguments, temporaries, outputs   by the compiler; outputs without those that take the place of
-                                      an argument
-    held                              what else the run has on the device meanwhile
-    FLOPs                             of matrix products, from the program's jaxpr, over all
-                                      devices; Pallas kernels as if they skipped no block
-    roofline                          the longest of FLOPs at the chip's bfloat16 rate, arguments
-                                      and outputs at its memory's, and what collectives send at its
-                                      links': a bound, no forecast
-    collectives                       from the compiled text, loops as often as they run
+    arguments, temporaries, outputs
+                  by the compiler; outputs without those that take the place
+                  of an argument
+    held          what else the run has on the device meanwhile
+    FLOPs         of matrix products, from the program's jaxpr, over all
+                  devices; Pallas kernels as if they skipped no block
+    roofline      the longest of FLOPs at the chip's bfloat16 rate, arguments
+                  and outputs at its memory's, and what collectives send at its
+                  links': a bound, no forecast
+    collectives   from the compiled text, loops as often as they run
 
 The numbers of `generate` are those of one token of every slot, with the whole cache read.
 """

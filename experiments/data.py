@@ -1,8 +1,10 @@
 """Prepares problems for training: cleans them and writes them once as ArrayRecord.
 
     python -m experiments.data FILE... --out DIR
-    python -m experiments.data train.jsonl.gz --benchmarks aime24.jsonl math500.jsonl --out DIR
-    python -m experiments.data hf:OWNER/NAME --out DIR --model MODEL --prompt-budget 1024
+    python -m experiments.data train.jsonl.gz --out DIR \\
+        --benchmarks aime24.jsonl math500.jsonl
+    python -m experiments.data hf:OWNER/NAME --out DIR \\
+        --model MODEL --prompt-budget 1024
 
 Prints the report of the cleaning as a Markdown table, the folder of the prepared problems, and the
 setting that gives them to a run. The folder is named by a hash of the files and of all settings

@@ -2,7 +2,8 @@
 
     python -m experiments.run
     python -m experiments.run --config=experiments/configs/attnrl_hf.py \\
-        --config.model.path=DIR --config.data.train=FILE.jsonl --workdir=runs/mine
+        --config.model.path=DIR --config.data.train=FILE.jsonl \\
+        --workdir=runs/mine
 
 Without arguments the small policy that comes with the project learns problems that the program
 makes. The same command with the same `--workdir` continues a run that was stopped, however it was;

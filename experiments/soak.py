@@ -1,6 +1,7 @@
 """A long run: does its memory grow, does it compile again, do its files grow?
 
-    python -m experiments.soak --minutes=60 --out=experiments/soak_results/default.json
+    python -m experiments.soak --minutes=60 \\
+        --out=experiments/soak_results/default.json
 
 Runs the default task with small steps, so that there are many of them, ends it as a scheduler would
 (SIGTERM), and reports what the run folder says. Exit code 1 where the resident set grew by more

@@ -157,7 +157,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     made = parser(__doc__, "bench", "show nothing but errors and what was missed")
     add = made.add_argument
-    add("name", choices=tuple(BENCHMARKS), help="what is measured")
+    names = ", ".join(BENCHMARKS)
+    add("name", metavar="NAME", choices=tuple(BENCHMARKS), help=f"what is measured: {names}")
     add("--only", default="", metavar="PART,...", help="parts of the table (default: all)")
     add("--rounds", type=int, default=3, help="runs of each contender (default: 3)")
     add("--check", action="store_true", help="exit code 1 when a wanted ratio is missed")
