@@ -70,11 +70,12 @@ MODULES = ("run", "evaluate", "sweep", "pretrain", "data", "soak", "export", "ao
            "scaling", "aot_table")  # fmt: skip
 # Help of each command in one process: what takes the time is importing jax.
 HELP = """
-import contextlib, io, json, runpy, sys
+import contextlib, importlib, io, json, runpy, sys
 from absl import flags
 said = {}
 for name in sys.argv[1:]:
     module = "experiments." + name
+    file = module + ".__main__" if name == "bench" else module
     sys.argv[:] = ["python -m " + module, "--help"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -82,7 +83,7 @@ for name in sys.argv[1:]:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as ended:
             code = ended.code
-    said[name] = [code, out.getvalue(), __import__(module, fromlist=["x"]).__doc__]
+    said[name] = [code, out.getvalue(), importlib.import_module(file).__doc__]
 print(json.dumps(said))
 """
 
