@@ -176,7 +176,7 @@ def main(arguments: argparse.Namespace) -> None:
     limit, version = prompt_limit(arguments)
     names = [name for given in arguments.names for name in split_names(given)]
     console = make_console(arguments.quiet, stderr=True)
-    with working(console, f"reading and cleaning {', '.join(names)}"):
+    with working(console, f"reading and cleaning {', '.join(names)}", only_live=True):
         made = prepare(
             names,
             arguments.out,

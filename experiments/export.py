@@ -125,7 +125,7 @@ def _step(text: str) -> int | str:
 
 def main(arguments: argparse.Namespace) -> None:
     console = make_console(arguments.quiet, stderr=True)
-    with working(console, f"reading {arguments.workdir}, writing {arguments.out}"):
+    with working(console, f"reading {arguments.workdir}, writing {arguments.out}", only_live=True):
         step = export(arguments.workdir, arguments.out, arguments.step, arguments.source)
     print(f"the policy after step {step} is in {arguments.out}")
 

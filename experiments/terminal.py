@@ -87,15 +87,23 @@ def bars(console: Console, unit: str) -> Progress:
 
 
 @contextmanager
-def working(console: Console, doing: str) -> Iterator[Callable[[str], None]]:
+def working(
+    console: Console, doing: str, only_live: bool = False
+) -> Iterator[Callable[[str], None]]:
     """Shows what is being done, in a terminal with the time it has taken so far.
+
+    Args:
+      console: to show it on.
+      doing: what is begun.
+      only_live: nothing is printed elsewhere, of commands that are soon done.
 
     Yields:
       function that says what is being done now.
     """
 
     def plain(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if not only_live:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     if not is_live(console):
         plain(doing)
