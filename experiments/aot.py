@@ -1,8 +1,8 @@
 """Compiles every program of a run for a TPU that is not there, and says what it would need.
 
     pip install -r requirements-tpu-aot.txt
-    python -m experiments.aot --config=experiments/configs/r1_distill_qwen_1p5b.py \\
-        --topology=v5e:4x4
+    python -m experiments.aot --topology=v5e:4x4 \\
+        --config=experiments/configs/r1_distill_qwen_1p5b.py
     python -m experiments.aot --config=FILE:METHOD --topology=v5p:2x2x2 \\
         --config.sampler.slots=64 --json=FILE.json
 
@@ -14,15 +14,16 @@ core and a few GB of memory. It ends with code 1 if something does not fit.
 
 What is counted, for each program and device:
 
-    arguments, temporaries, outputs   by the compiler; outputs without those that take the place of
-                                      an argument
-    held                              what else the run has on the device meanwhile
-    FLOPs                             of matrix products, from the program's jaxpr, over all
-                                      devices; Pallas kernels as if they skipped no block
-    roofline                          the longest of FLOPs at the chip's bfloat16 rate, arguments
-                                      and outputs at its memory's, and what collectives send at its
-                                      links': a bound, no forecast
-    collectives                       from the compiled text, loops as often as they run
+    arguments, temporaries, outputs
+                  by the compiler; outputs without those that take the place
+                  of an argument
+    held          what else the run has on the device meanwhile
+    FLOPs         of matrix products, from the program's jaxpr, over all
+                  devices; Pallas kernels as if they skipped no block
+    roofline      the longest of FLOPs at the chip's bfloat16 rate, arguments
+                  and outputs at its memory's, and what collectives send at its
+                  links': a bound, no forecast
+    collectives   from the compiled text, loops as often as they run
 
 The numbers of `generate` are those of one token of every slot, with the whole cache read.
 """
@@ -51,10 +52,11 @@ from attnrl_jax.datasets.hub import model_folder
 from attnrl_jax.models.attention import check_route
 from attnrl_jax.models.config import ModelConfig, read_config
 from attnrl_jax.sharding import make_meshes
-from experiments.commands import config_fault, interrupted, stop
+from experiments.commands import config_fault, interrupted, show_help, stop
 from experiments.settings import ModelSettings, Settings, build
 from experiments.tables import table
 from experiments.tasks import shipped_policy
+from experiments.terminal import make_console, working
 
 SHAPES = Path(__file__).parent / "configs" / "shapes"
 # Published models whose `config.json` comes with the project.
@@ -295,13 +297,21 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def aot(config: ConfigDict, topology: Topology, only: str, file: str | None) -> list[str]:
+def aot(
+    config: ConfigDict, topology: Topology, only: str, file: str | None, quiet: bool = False
+) -> list[str]:
     """Compiles, prints and writes; returns the names of programs that do not fit."""
     settings = build(config)
-    results = check(settings, topology, only, lambda line: print(line, flush=True))
+    console = make_console(quiet)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with working(console, f"compiling for {topology.name}"):
+        results = check(settings, topology, only, say)
     for text in (memory_table(results, topology), held_table(results),
                  time_table(results, topology), collective_table(results)):  # fmt: skip
-        print(f"\n{text}")
+        say(f"\n{text}")
     if file:
         Path(file).write_text(json.dumps(as_json(results, topology, settings), indent=1) + "\n")
     return [result.program.name for result in results if not result.fits(topology)]
@@ -318,7 +328,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--json: there is no folder {Path(flag.json).absolute().parent}")
         topology = parse_topology(flag.topology)
         use_tpu_compiler(topology)
-        too_large = aot(flag.config, topology, flag.only, flag.json)
+        too_large = aot(flag.config, topology, flag.only, flag.json, flag.quiet)
     except KeyboardInterrupt:
         interrupted("nothing was written")
     except Exception as error:
@@ -328,6 +338,7 @@ def main(argv: list[str]) -> None:
     if too_large:
         print(f"does not fit {topology.name}: {', '.join(too_large)}", file=sys.stderr)
         sys.exit(1)
+    print(f"every program fits {topology.name}")
 
 
 def command() -> None:
@@ -336,9 +347,11 @@ def command() -> None:
     flags.DEFINE_string("only", "", "Part of the names of the programs to compile; all by default.")
     flags.DEFINE_string("json", None, "File for everything that was found.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    flags.DEFINE_bool("quiet", False, "Show nothing but errors and whether it fits.")
     app.define_help_flags()
     try:
         config_flags.DEFINE_config_file("config", None, "Experiment to compile.")
+        show_help(__doc__)
         arguments = flags.FLAGS(sys.argv)
     except Exception as error:
         stop(ValueError(config_fault(error)))

@@ -97,4 +97,4 @@ def main(_: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, parser(__doc__, "aot_table").parse_args(), "nothing was written")
+    guarded(main, parser(__doc__, "aot_table", quiet=None).parse_args(), "nothing was written")

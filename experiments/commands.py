@@ -1,23 +1,26 @@
-"""What all commands share: how they end when something goes wrong."""
+"""What all commands share: their help, and how they end when something goes wrong."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from itertools import dropwhile
+from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
-
-from attnrl_jax.processes import ProcessError
+from absl import flags
 
 # Values of `--thinking`, for `PromptConfig.enable_thinking`.
 THINKING = {"auto": None, "on": True, "off": False}
 
 
 TRACEBACK = "Traceback (most recent call last):"
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = "show nothing but warnings, errors and the last line"
 
 
 def stop(error: Exception, told: bool = False) -> NoReturn:
@@ -31,10 +34,26 @@ def stop(error: Exception, told: bool = False) -> NoReturn:
       told: its words are meant for the user, whatever its class.
     """
     text, refused = str(error).strip(), isinstance(error, ValueError | OSError)
-    if not refused and not told and not isinstance(error, ProcessError):
-        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    if not told and not _is_told(error):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+        text = f"{' '.join(text.split())} (--debug shows the traceback)"
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2 if refused else 1)
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether its words are meant for the user: of this project, and not of a library, of Python or
+    of the system, which do not know what they were asked for."""
+    # A class of the command's own module is one of `__main__`.
+    if type(error).__module__.partition(".")[0] in ("attnrl_jax", "experiments", "__main__"):
+        return True
+    if isinstance(error, OSError):
+        return error.errno is None
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    raised_here = place is None or ROOT in Path(place.tb_frame.f_code.co_filename).parents
+    return type(error) is ValueError and raised_here
 
 
 def config_fault(error: Exception) -> str:
@@ -76,20 +95,58 @@ def interrupted(how_to_continue: str, exit_code: int = 130) -> NoReturn:
     sys.exit(exit_code)
 
 
-def parser(module_docstring: str | None, name: str) -> argparse.ArgumentParser:
-    """A parser whose help is the module's docstring, with `--debug`.
+def readable(module_docstring: str, width: int | None = None) -> str:
+    """A docstring with its paragraphs laid out anew for the terminal.
+
+    Paragraphs in which a line is indented, examples and lists, stay as they are.
+
+    Args:
+      module_docstring: `__doc__` of a module.
+      width: columns, by default those of the terminal, at most 100.
+    """
+    width = width or min(shutil.get_terminal_size().columns, 100)
+    paragraphs = module_docstring.strip().split("\n\n")
+    return "\n\n".join(
+        text
+        if any(line.startswith(" ") for line in text.splitlines())
+        else textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False)
+        for text in paragraphs
+    )
+
+
+def show_help(module_docstring: str) -> None:
+    """Of a command with absl's flags: prints its help, where that is asked for, and ends.
+
+    Called when the flags are defined and not yet parsed. (absl's own help lays out no docstring,
+    and ends with exit code 1.)
+    """
+    if not {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
+        return
+    # Its first line is the path of the module.
+    _, _, own = flags.FLAGS.main_module_help().strip().partition("\n")
+    print(f"{readable(module_docstring)}\n\nflags:\n{own}")
+    sys.exit(0)
+
+
+def parser(
+    module_docstring: str | None, name: str, quiet: str | None = QUIET
+) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring, with `--debug` and `--quiet`.
 
     Args:
       module_docstring: `__doc__` of the command's module.
       name: of the module under `experiments`.
+      quiet: help of `--quiet`; None for a command that shows nothing but its result.
     """
     made = argparse.ArgumentParser(
         prog=f"python -m experiments.{name}",
-        description=module_docstring,
+        description=readable(module_docstring or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if quiet is not None:
+        made.add_argument("--quiet", action="store_true", help=quiet)
     return made
 
 
@@ -111,8 +168,3 @@ def guarded(
         if arguments.debug:
             raise
         stop(error)
-
-
-def notebook_console() -> Console:
-    """Plain lines as a notebook's cell keeps them: no bars that redraw, one output for a cell."""
-    return Console(width=100, force_jupyter=False, force_terminal=False)

@@ -1,8 +1,10 @@
 """Prepares problems for training: cleans them and writes them once as ArrayRecord.
 
     python -m experiments.data FILE... --out DIR
-    python -m experiments.data train.jsonl.gz --benchmarks aime24.jsonl math500.jsonl --out DIR
-    python -m experiments.data hf:OWNER/NAME --out DIR --model MODEL --prompt-budget 1024
+    python -m experiments.data train.jsonl.gz --out DIR \\
+        --benchmarks aime24.jsonl math500.jsonl
+    python -m experiments.data hf:OWNER/NAME --out DIR \\
+        --model MODEL --prompt-budget 1024
 
 Prints the report of the cleaning as a Markdown table, the folder of the prepared problems, and the
 setting that gives them to a run. The folder is named by a hash of the files and of all settings
@@ -27,6 +29,7 @@ from attnrl_jax.tasks.prompts import PAPER_INSTRUCTION, PromptConfig, build_prom
 from attnrl_jax.tasks.tokenizer import load_tokenizer
 from experiments import commands
 from experiments.folders import write_atomically
+from experiments.terminal import make_console, working
 
 # The cleaning steps that are switched on or off, as `CleaningConfig` names them.
 STEPS = {f.name: f.default for f in dataclasses.fields(CleaningConfig) if type(f.default) is bool}
@@ -171,25 +174,29 @@ def main(arguments: argparse.Namespace) -> None:
         **dict.fromkeys(arguments.keep, False) | dict.fromkeys(arguments.remove, True),
     )
     limit, version = prompt_limit(arguments)
-    made = prepare(
-        [name for given in arguments.names for name in split_names(given)],
-        arguments.out,
-        fields=FieldNames(arguments.problem_field, arguments.answer_field),
-        cleaning=cleaning,
-        benchmarks=[name for given in arguments.benchmarks for name in split_names(given)],
-        prompt_limit=limit,
-        prompt_version=version,
-        held_out=arguments.held_out,
-    )
+    names = [name for given in arguments.names for name in split_names(given)]
+    console = make_console(arguments.quiet, stderr=True)
+    with working(console, f"reading and cleaning {', '.join(names)}", only_live=True):
+        made = prepare(
+            names,
+            arguments.out,
+            fields=FieldNames(arguments.problem_field, arguments.answer_field),
+            cleaning=cleaning,
+            benchmarks=[name for given in arguments.benchmarks for name in split_names(given)],
+            prompt_limit=limit,
+            prompt_version=version,
+            held_out=arguments.held_out,
+        )
     if arguments.json:
         text = json.dumps(made.report.to_dict(), indent=2, ensure_ascii=False)
         write_atomically(Path(arguments.json), text + "\n")
-    print(made.report.to_table())
-    print()
-    counts = f"{len(open_prepared(made.folder))} problems"
-    if arguments.held_out:
-        counts += f" and {len(open_prepared(made.folder, 'held_out'))} held-out ones"
-    print(f"{counts} {'were prepared before' if made.cached else 'prepared'} in {made.folder}")
+    if not arguments.quiet:
+        print(made.report.to_table())
+        print()
+        counts = f"{len(open_prepared(made.folder))} problems"
+        if arguments.held_out:
+            counts += f" and {len(open_prepared(made.folder, 'held_out'))} held-out ones"
+        print(f"{counts} {'were prepared before' if made.cached else 'prepared'} in {made.folder}")
     print(f"--config.data.train={made.folder}")
 
 

@@ -1,16 +1,20 @@
 """Evaluates a model on benchmarks: avg@n, pass@k and maj@n with intervals, lengths, speed.
 
-    python -m experiments.evaluate --model=DIR --data=DIR --samples=32 --temperature=0.6 \\
+    python -m experiments.evaluate --model=DIR --data=DIR --samples=32 \\
+        --temperature=0.6 \\
         --benchmarks=aime24,aime25,amc23,math500,minerva,olympiad,gsm8k
     python -m experiments.evaluate --benchmarks=graph --temperature=0
     python -m experiments.evaluate --list
 
 Without --model it is the small policy that comes with the project. The folder --out holds
 
-    settings.json        all that the numbers depend on; other settings are refused there
-    responses/NAME.jsonl one line per response of benchmark NAME, written as soon as it is judged
-    results.json         the numbers of its complete benchmarks, written anew after each
-    results.md           the tables that are printed at the end
+    settings.json          all that the numbers depend on; other settings are
+                           refused there
+    responses/NAME.jsonl   one line per response of benchmark NAME, written as
+                           soon as it is judged
+    results.json           the numbers of its complete benchmarks, written anew
+                           after each
+    results.md             the tables that are printed at the end
 
 The same command continues an evaluation that was stopped: it reads the responses and samples only
 what is missing. With other --benchmarks it adds them to the folder, whose results cover all that
@@ -78,6 +82,7 @@ from experiments.evaluation_files import (
 from experiments.folders import claimed
 from experiments.settings import SettingError
 from experiments.tasks import Policy, params_on_mesh, shipped_policy
+from experiments.terminal import make_console
 
 
 def evaluate(
@@ -303,7 +308,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = commands.parser(__doc__, "evaluate")
+    parser = commands.parser(
+        __doc__, "evaluate", "show nothing but warnings, errors and the tables at the end"
+    )
     add = parser.add_argument
     add(
         "--model",
@@ -378,7 +385,9 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print(listing())
     else:
-        evaluate(arguments, Console())
+        results = evaluate(arguments, make_console(arguments.quiet))
+        if arguments.quiet:
+            print(markdown(results))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from attnrl_jax.evaluation import Answered, Summary, average, summarise
 from attnrl_jax.tasks.problems import DataError
 from experiments.benchmarks import BENCHMARKS, Part
 from experiments.folders import flat, write_atomically
 from experiments.tables import table
+from experiments.terminal import bars
 
 # Called with (responses finished, responses in all) of the benchmark under way.
 Show = Callable[[int, int], None]
@@ -293,15 +293,7 @@ class Terminal:
         self._console = console
         self._on_progress = on_progress
         self._tenths = -1
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} responses"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = bars(console, "responses")
         self._task = self._progress.add_task(name, total=None)
 
     def __enter__(self) -> Terminal:

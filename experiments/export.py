@@ -27,6 +27,7 @@ from attnrl_jax.models.transformer import init_params
 from attnrl_jax.models.weights import check_free, save_folder
 from attnrl_jax.training.checkpoint import Checkpointer
 from experiments import commands
+from experiments.terminal import make_console, working
 
 
 class ExportError(ValueError):
@@ -123,7 +124,9 @@ def _step(text: str) -> int | str:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    step = export(arguments.workdir, arguments.out, arguments.step, arguments.source)
+    console = make_console(arguments.quiet, stderr=True)
+    with working(console, f"reading {arguments.workdir}, writing {arguments.out}", only_live=True):
+        step = export(arguments.workdir, arguments.out, arguments.step, arguments.source)
     print(f"the policy after step {step} is in {arguments.out}")
 
 

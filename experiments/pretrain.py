@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
@@ -41,7 +41,9 @@ from attnrl_jax.sampling.sampler import Request, SamplerConfig, sample
 from attnrl_jax.tasks import graph
 from attnrl_jax.tasks.judging import exact_match
 from attnrl_jax.tasks.tokenizer import Tokenizer
+from experiments import commands
 from experiments.demonstrations import batches, demonstrations
+from experiments.terminal import bars, make_console
 
 RESPONSE_BUDGET = 160
 
@@ -309,7 +311,7 @@ def save(
         folder.replace(out)
 
 
-def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
+def pretrain(out: Path, config: PretrainConfig, quiet: bool = False) -> dict[str, Any]:
     """Trains, measures, saves the policy into `out`, and returns the report.
 
     Raises:
@@ -321,15 +323,14 @@ def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
     # Found out now, and not after the training.
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()
-    console = Console()
+    console = make_console(quiet)
     start = time.monotonic()
     backend = build_tokenizer()
     tokenizer = Tokenizer(backend, model_config().vocab_size, (backend.eos_token_id,))
     params = initial_params(model_config(), jax.random.key(config.seed))
     # Streams of demonstrations are told apart by their seed: one for each phase.
     stream = 100 * config.seed
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars(console, "steps") as progress:
         params = train(params, config, config.clean, config.clean_rate, backend, stream, progress)
         careful = evaluate(params, config.task, tokenizer, config.held_out)
         params = train(
@@ -347,20 +348,16 @@ def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
     save(out, params, backend, report)
     show(console, careful, mixture)
     size = sum(path.stat().st_size for path in out.iterdir())
-    console.print(f"{report['parameters']} parameters, {size / 2**20:.2f} MiB in {out}")
+    print(f"{report['parameters']} parameters, {size / 2**20:.2f} MiB in {out}")
     return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the policy into")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    try:
-        pretrain(arguments.out, PretrainConfig(seed=arguments.seed))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+def main(arguments: argparse.Namespace) -> None:
+    pretrain(arguments.out, PretrainConfig(seed=arguments.seed), arguments.quiet)
 
 
 if __name__ == "__main__":
-    main()
+    parser = commands.parser(__doc__, "pretrain")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the policy into")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    commands.guarded(main, parser.parse_args(), "nothing was written; give the same command again")

@@ -1,56 +1,12 @@
-"""What a run shows: the terminal, the curve, example trees, the timeline of a step."""
+"""What a run shows of a step: an example tree, when its stages ran."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.tree import Tree
-
-# What the terminal shows of a step, in 80 columns: metric, heading, format.
-COLUMNS = (
-    ("step", "step", "{:.0f}"),
-    ("held_out/accuracy", "heldout", "{:.3f}"),
-    ("train/accuracy", "train", "{:.3f}"),
-    ("rows/with_advantage", "adv", "{:.2f}"),
-    ("problems/kept", "kept", "{:.0f}"),
-    ("branching/by_importance", "by FCI", "{:.2f}"),
-    ("train/entropy", "entropy", "{:.3f}"),
-    ("train/response_length", "length", "{:.0f}"),
-    ("tokens/sampled", "tokens", "{:.0f}"),
-    ("seconds/step", "seconds", "{:.1f}"),
-)
-
-
-def plot_history(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Draws held-out and training accuracy against training steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for name, label, style in (
-        ("train/accuracy", "training problems, initial responses", "-"),
-        ("held_out/accuracy", "held-out problems", "o--"),
-    ):
-        points = [(m["step"], m[name]) for m in history if name in m]
-        if points:
-            color = "0.6" if style == "-" else "black"
-            axes.plot(*zip(*points, strict=True), style, label=label, color=color)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("share of responses that are right")
-    axes.set_ylim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_tree(tree: dict[str, Any]) -> Tree:
@@ -113,72 +69,3 @@ def draw_timeline(spans: Sequence[tuple[str, float, float]], width: int = 80) ->
             row[left:right] = "#" * (min(right, width) - left)
         lines.append(f"{name:>9} {seconds:7.2f} s |{''.join(row)}|")
     return "\n".join(lines)
-
-
-class Terminal:
-    """Progress of a run: a table of metrics, and in a terminal a bar below it.
-
-    Attributes:
-      doing: the stage the run is in.
-    """
-
-    def __init__(self, steps: int, console: Console):
-        self.console = console
-        if not self.console.is_terminal:
-            # Nobody said how wide a file is; the usual guess of 80 columns cuts trees short.
-            self.console.width = 120
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task("starting", total=steps)
-        self._printed = 0
-        self._lasting: set[str] = set()
-        self.doing = "starting"
-
-    def __enter__(self) -> Terminal:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._progress.stop()
-
-    def stage(self, name: str) -> None:
-        """Shows what the run is doing."""
-        self.doing = name
-        self._progress.update(self._task, description=name)
-
-    def warn(self, message: str) -> None:
-        """Prints a warning."""
-        self.console.print(f"warning: {message}", style="bold", markup=False, soft_wrap=True)
-
-    def warn_of(self, found: Mapping[str, str]) -> None:
-        """Prints warnings by name, each when it begins and not while it lasts."""
-        for name, message in found.items():
-            if name not in self._lasting:
-                self.warn(message)
-        self._lasting = set(found)
-
-    def step(self, metrics: dict[str, float]) -> None:
-        """Prints one row of metrics."""
-        if self._printed % 20 == 0:
-            heading = " ".join(f"{heading:>7}" for _, heading, _ in COLUMNS)
-            self.console.print(heading, style="bold", soft_wrap=True)
-        cells = (form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS)
-        row = " ".join(f"{cell:>7}" for cell in cells)
-        self.console.print(row, highlight=False, soft_wrap=True)
-        if metrics.get("step/skipped"):
-            self.console.print(
-                "        skipped: no problem had both right and wrong responses; "
-                f"{metrics['judge/unanswered']:.0f} responses without an answer, "
-                f"{metrics['train/truncated']:.0%} cut at their budget",
-                soft_wrap=True,
-            )
-        self._printed += 1
-        self._progress.update(self._task, completed=metrics["step"])

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.curves import BOOTSTRAP_SEEDS, Line, Point, interval, plot
+from experiments.curves import BOOTSTRAP_SEEDS, Line, Point, evaluations, interval, so_far
 from experiments.folders import write_atomically
+from experiments.pictures import plot
 from experiments.records import read_metrics
 from experiments.tables import one_line, table
 
@@ -110,18 +111,11 @@ def read_result(
     else:
         state = "unfinished" if (folder / "config.json").exists() else "not started"
     history, _ = _within(read_metrics(folder / "metrics.jsonl"), steps, max_sampled_tokens)
-    points = []
-    sampled = trained = 0
-    seconds = 0.0
-    for metrics in history:
-        sampled = int(metrics.get("tokens/sampled_total", sampled))
-        trained = int(metrics.get("tokens/trained_total", trained))
-        seconds += sum(metrics.get(f"seconds/{n}", 0.0) for n in ("warm_up", "step", "evaluate"))
-        if "held_out/accuracy" in metrics:
-            accuracy = metrics["held_out/accuracy"]
-            points.append(Point(int(metrics["step"]), accuracy, sampled, trained, seconds))
-    done = int(history[-1]["step"]) if history else 0
-    return Result(folder.name, overrides, state, done, sampled, trained, seconds, tuple(points))
+    done, sampled, trained, seconds = 0, 0, 0, 0.0
+    for metrics, sampled, trained, seconds in so_far(history):  # noqa: B007 (the last counts)
+        done = int(metrics["step"])
+    points = evaluations(history)
+    return Result(folder.name, overrides, state, done, sampled, trained, seconds, points)
 
 
 def log_path(folder: Path) -> Path:

@@ -2,11 +2,17 @@
 
     python -m experiments.run
     python -m experiments.run --config=experiments/configs/attnrl_hf.py \\
-        --config.model.path=DIR --config.data.train=FILE.jsonl --workdir=runs/mine
+        --config.model.path=DIR --config.data.train=FILE.jsonl \\
+        --workdir=runs/mine
 
 Without arguments the small policy that comes with the project learns problems that the program
 makes. The same command with the same `--workdir` continues a run that was stopped, however it was;
 Ctrl-C and SIGTERM save first, and end with exit code 130 and 143.
+
+    python -m experiments.run --settings
+    python -m experiments.run --config=FILE --config.method=grpo --settings
+
+prints every setting with its value and its meaning; `--config.NAME=VALUE` changes it.
 """
 
 from __future__ import annotations
@@ -41,8 +47,7 @@ from attnrl_jax.training.loop import NotFiniteError
 from attnrl_jax.training.process_metrics import compilations
 from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import abstract_state, init_state
-from experiments import reporting
-from experiments.commands import config_fault, interrupted, stop
+from experiments.commands import config_fault, interrupted, show_help, stop
 from experiments.folders import flat
 from experiments.parts import Parts, load_parts, with_parts
 from experiments.records import METRICS_FILE, read_metrics
@@ -56,8 +61,11 @@ from experiments.run_folder import (
     record_problems,
 )
 from experiments.session import Session
+from experiments.setting_list import setting_list
 from experiments.settings import Settings, build
 from experiments.tasks import build_task, load_policy
+from experiments.terminal import Terminal, make_console
+from experiments.weights_and_biases import WeightsAndBiases, check_installed
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 
@@ -93,6 +101,7 @@ def run(
     parts = parts or Parts()
     config = with_parts(config, parts)
     settings = build(config)
+    check_installed(settings.logging.wandb)
     free = freed(config, allowed)
     check_same_settings(as_json(config))
     mesh, sampling_mesh = make_meshes(settings.mesh)
@@ -104,10 +113,15 @@ def run(
     with processes.first_ahead():
         task, skipped, prepared = build_task(settings, policy, parts)
     train = settings.train
-    terminal = reporting.Terminal(train.steps, console)
+    terminal = Terminal(train.steps, console, train.max_sampled_tokens)
     with ExitStack() as held:
         held.callback(task.judge.close)
         held.enter_context(claimed_run(folder, config, free))
+        values, tracker = flat(as_json(config)), None
+        if settings.logging.wandb and processes.is_first():
+            # Before the live display, which would hide that wandb asks for an account.
+            tracker = WeightsAndBiases(settings.logging.wandb, folder, values, terminal.warn)
+            held.enter_context(closing(tracker))
         held.enter_context(terminal)
         interruption = held.enter_context(Interruption())
         check_shared(folder)
@@ -137,8 +151,8 @@ def run(
         first = (init_state if done is None else abstract_state)(params, train.optimizer, mesh)
         del params
         session = Session(
-            setup, folder, flat(as_json(config)), settings.guards, settings.trees.per_step, saved,
-            terminal,
+            setup, folder, values, settings.guards, settings.trees.per_step, saved, terminal,
+            tracker,
         )  # fmt: skip
         try:
             begun = session.begin(first) if done is None else session.resume(first, config, free)
@@ -207,7 +221,7 @@ def main(argv: list[str]) -> None:
         name = f"{config.get('method')}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(flag.workdir or Path("runs") / processes.from_first(name)).absolute()
         again = f"continue with the same command and --workdir={folder}"
-        console = Console(quiet=not processes.is_first())
+        console = make_console(quiet=flag.quiet or not processes.is_first())
         parts = load_parts(config_flags.get_config_filename(flag["config"]))
         history = run(config, folder, console, flag.allow_change, parts)
     except InterruptedRunError as wish:
@@ -220,7 +234,8 @@ def main(argv: list[str]) -> None:
             raise
         stop(error, told=isinstance(error, NotFiniteError | SaveError))
     if processes.is_first():
-        print(f"metrics, trees, checkpoints and curve.png are in {folder}")
+        if not flag.quiet:
+            print(f"metrics, trees, checkpoints and curve.png are in {folder}")
         print(result_line(history))
 
 
@@ -246,14 +261,25 @@ def command() -> None:
         "Seconds that the other processes are waited for, at the start and when one is silent.",
     )
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    flags.DEFINE_bool("quiet", False, "Show nothing but warnings, errors and the last line.")
+    flags.DEFINE_bool(
+        "settings", False, "Print every setting with its value and its meaning, and run nothing."
+    )
     app.define_help_flags()
     try:
         config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "Experiment to run.")
+        show_help(__doc__)
         # ml_collections runs the file, and applies --config.name=value, as flags are parsed.
         arguments = flags.FLAGS(sys.argv)
     except Exception as error:
         stop(ValueError(config_fault(error)))
     flag = flags.FLAGS
+    if flag.settings:
+        try:
+            print(setting_list(build(flag.config)))
+        except ValueError as error:
+            stop(error)
+        return
     try:
         processes.connect(
             flag.coordinator, flag.num_processes, flag.process_id, flag.process_timeout

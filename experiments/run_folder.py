@@ -35,7 +35,7 @@ CONFIG_FILE = "config.json"
 # Settings that may differ when a run is continued: they do not change what a step computes.
 FREE_TO_CHANGE = (
     "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints", "keep_best",
-    "max_not_finite", "data.cache", "judging.workers", "trees.per_step",
+    "max_not_finite", "data.cache", "judging.workers", "trees.per_step", "logging.wandb",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sampling_tensor", "mesh.sampling_devices",
     "memory.check", "memory.bytes_per_device", "memory.every_size",
     "guards.min_entropy", "guards.max_entropy", "guards.length_drop", "guards.max_truncated",

@@ -131,7 +131,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = parser(__doc__, "scaling")
+    made = parser(__doc__, "scaling", quiet=None)
     made.add_argument("--counts", default="", metavar="DIR", help="folder of the compiler's counts")
     return made
 

@@ -29,9 +29,12 @@ from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import LoopState, TrainState
 from experiments import reporting
 from experiments.folders import differences
+from experiments.pictures import plot_history
 from experiments.records import METRICS_FILE, RunFolder, read_metrics
 from experiments.run_folder import check_notes, record_changes
+from experiments.terminal import Terminal
 from experiments.trees import has_branches, recorded_problems
+from experiments.weights_and_biases import WeightsAndBiases
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Session:
       trees: problems of a step whose trees are recorded.
       checkpointer: of the run.
       terminal: shows progress.
+      tracker: is sent the metrics as well.
     """
 
     setup: Setup
@@ -72,7 +76,8 @@ class Session:
     guards: GuardConfig
     trees: int
     checkpointer: Checkpointer
-    terminal: reporting.Terminal
+    terminal: Terminal
+    tracker: WeightsAndBiases | None = None
 
     def begin(self, first: TrainState) -> Begun:
         """Warms up the pipeline of a new run."""
@@ -149,7 +154,7 @@ class Session:
                 terminal.console.print(reporting.draw_timeline(spans))
         if processes.is_first():
             history = read_metrics(self.folder / METRICS_FILE)
-            reporting.plot_history(history, self.folder / "curve.png")
+            plot_history(history, self.folder / "curve.png")
 
     def _keep(self, report: StepReport, files: RunFolder) -> dict[str, Any] | None:
         """Writes what is left of a step besides its metrics; a tree to be shown, if it has one."""
@@ -173,6 +178,8 @@ class Session:
             metrics = metrics | evaluate(state, self.setup)
         metrics = {"step": metrics["step"], **metrics, **process_metrics()}
         files.write_metrics(metrics)
+        if self.tracker is not None:
+            self.tracker.write(metrics)
         self.terminal.step(metrics)
         self.terminal.warn_of(collapse_warnings(metrics, files.first, self.guards))
         return metrics.get("held_out/accuracy")

@@ -139,14 +139,32 @@ class PartSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoggingSettings:
+    """Where metrics go besides the run folder.
+
+    Attributes:
+      wandb: project of Weights & Biases, for which wandb must be installed; empty for none.
+    """
+
+    wandb: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.wandb) > 128 or {*self.wandb} & {*"/\\#?%:"}:
+            raise ValueError(
+                "wandb must be the name of a project, of at most 128 characters and none of "
+                f"/ \\ # ? % : (WANDB_ENTITY names the entity); got {self.wandb!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """A whole run.
 
     Attributes:
       method: `attnrl`, `treerl`, `random` or `grpo`.
       train: of the loop.
-      model, data, graph, prompt, judging, mesh, guards, memory, parts, trees: of the parts of their
-        names.
+      model, data, graph, prompt, judging, mesh, guards, memory, parts, trees, logging: of the
+        parts of their names.
     """
 
     method: str
@@ -161,6 +179,7 @@ class Settings:
     memory: MemorySettings
     parts: PartSettings
     trees: TreeSettings
+    logging: LoggingSettings
 
 
 # What a method means. Everything else is equal, and each of these can be set on its own.
@@ -194,6 +213,7 @@ _SECTIONS = {
     "memory": MemorySettings,
     "parts": PartSettings,
     "trees": TreeSettings,
+    "logging": LoggingSettings,
 }
 
 

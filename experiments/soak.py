@@ -1,6 +1,7 @@
 """A long run: does its memory grow, does it compile again, do its files grow?
 
-    python -m experiments.soak --minutes=60 --out=experiments/soak_results/default.json
+    python -m experiments.soak --minutes=60 \\
+        --out=experiments/soak_results/default.json
 
 Runs the default task with small steps, so that there are many of them, ends it as a scheduler would
 (SIGTERM), and reports what the run folder says. Exit code 1 where the resident set grew by more
@@ -20,14 +21,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from experiments import commands
 from experiments.folders import write_atomically
 from experiments.records import METRICS_FILE, read_metrics
+from experiments.terminal import is_live, make_console, working
 
 # Steps of a few seconds, evaluations and checkpoints between them.
 SETTINGS = (
@@ -43,7 +47,9 @@ class SoakError(RuntimeError):
     """A run that did not get as far as to be measured."""
 
 
-def soak(minutes: float, workdir: Path, settings: Sequence[str] = SETTINGS) -> None:
+def soak(
+    minutes: float, workdir: Path, console: Console, settings: Sequence[str] = SETTINGS
+) -> None:
     """Runs for so long in a process of its own, and ends it by SIGTERM.
 
     Raises:
@@ -52,11 +58,17 @@ def soak(minutes: float, workdir: Path, settings: Sequence[str] = SETTINGS) -> N
     workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "experiments.run", f"--workdir={workdir / 'run'}"]
     command += [f"--config.{setting}" for setting in settings]
-    with (workdir / "log").open("w") as log:
+    label = f"running for {minutes:g} minutes, output in {workdir / 'log'}"
+    with (workdir / "log").open("w") as log, working(console, label) as say:
         running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            running.wait(timeout=60 * minutes)
-        except subprocess.TimeoutExpired:
+        end = time.monotonic() + 60 * minutes
+        while running.poll() is None and (left := end - time.monotonic()) > 0:
+            # Only a display that is drawn anew has room for every step.
+            if is_live(console):
+                say(f"{label}, {len(read_metrics(workdir / 'run' / METRICS_FILE))} steps so far")
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(timeout=min(left, 10.0))
+        if running.poll() is None:
             running.send_signal(signal.SIGTERM)
         code = running.wait(timeout=300)
     if code != 128 + signal.SIGTERM:
@@ -115,7 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         workdir = arguments.workdir or Path(temporary)
         begin = time.monotonic()
-        soak(arguments.minutes, workdir)
+        soak(arguments.minutes, workdir, make_console(arguments.quiet, stderr=True))
         measured = {
             "date": datetime.date.today().isoformat(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
@@ -134,7 +146,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def command() -> None:
     """The command line."""
-    parser = commands.parser(__doc__, "soak")
+    parser = commands.parser(__doc__, "soak", "show nothing but errors and what was measured")
     parser.add_argument("--minutes", type=float, default=60.0, help="how long the run goes on")
     parser.add_argument("--workdir", type=Path, help="keeps the run folder here")
     parser.add_argument("--out", type=Path, help="JSON file of what was measured")

@@ -45,6 +45,7 @@ from rich.console import Console
 from experiments.commands import guarded, parser
 from experiments.plan import Run, SweepError, check_folders, load_sweep, plan, shown
 from experiments.results import EXIT_CODE, Result, log_path, write_results
+from experiments.terminal import make_console, working
 
 
 def execute(run: Run) -> int:
@@ -153,10 +154,7 @@ def execute_all(
         begin = time.monotonic()
         code, took = 0, "skipped"
         if run.result().state != "finished" and not in_use(run.folder):
-            doing = f"{label}  running, output in {shown(log_path(run.folder))}"
-            if not console.is_terminal:
-                console.print(doing, markup=False, highlight=False, soft_wrap=True)
-            with console.status(doing):
+            with working(console, f"{label}  running, output in {shown(log_path(run.folder))}"):
                 code = execute(run)
             took = _duration(time.monotonic() - begin)
         result = run.result()
@@ -167,6 +165,8 @@ def execute_all(
         if result.state != "running" and (code != 0 or result.state != "finished"):
             failed.append(number)
             line += f"\n    {_reason(run, code)}"
+            if console.quiet:
+                print(line, file=sys.stderr)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         if failed and stop_on_error:
             break
@@ -205,7 +205,7 @@ def _reason(run: Run, code: int) -> str:
 def _write(workdir: Path, name: str, results: Sequence[Result], console: Console) -> None:
     text = write_results(workdir, name, results)
     console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True, end="")
-    console.print(f"results are in {shown(workdir)}", markup=False, highlight=False, soft_wrap=True)
+    print(f"results are in {shown(workdir)}")
 
 
 def run_all(
@@ -241,7 +241,7 @@ def run_all(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    console = Console()
+    console = make_console(arguments.quiet)
     name = arguments.config.stem
     workdir = (arguments.workdir or Path("runs") / "sweeps" / name).absolute()
     runs = plan(load_sweep(arguments.config), workdir)

@@ -43,6 +43,7 @@ from experiments.bench.processes import check_environment
 from experiments.bench.report import machine, markdown, own_versions, write
 from experiments.bench.venv import DEFAULT
 from experiments.commands import guarded, parser
+from experiments.terminal import make_console
 
 # Name to the parts of its table. See harness.py for how a benchmark is written.
 BENCHMARKS = {
@@ -154,9 +155,10 @@ def use_cores(threads: int) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = parser(__doc__, "bench")
+    made = parser(__doc__, "bench", "show nothing but errors and what was missed")
     add = made.add_argument
-    add("name", choices=tuple(BENCHMARKS), help="what is measured")
+    names = ", ".join(BENCHMARKS)
+    add("name", metavar="NAME", choices=tuple(BENCHMARKS), help=f"what is measured: {names}")
     add("--only", default="", metavar="PART,...", help="parts of the table (default: all)")
     add("--rounds", type=int, default=3, help="runs of each contender (default: 3)")
     add("--check", action="store_true", help="exit code 1 when a wanted ratio is missed")
@@ -190,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     check_environment()
-    missing, failed = bench(arguments, sys.argv[1:], Console())
+    missing, failed = bench(arguments, sys.argv[1:], make_console(arguments.quiet))
     for line in missing:
         print(f"missed: {line}", file=sys.stderr)
     for line in failed:

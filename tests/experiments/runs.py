@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from experiments.reporting import Terminal
 from experiments.run import run
+from experiments.terminal import Terminal
 
 
 def small(config, steps=3):

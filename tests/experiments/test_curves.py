@@ -7,7 +7,8 @@ import warnings
 import matplotlib.figure as figures
 import numpy as np
 
-from experiments.curves import LONGEST_LABEL, Line, Point, interval, labels, mean_curve, plot
+from experiments.curves import LONGEST_LABEL, Line, Point, interval, labels, mean_curve
+from experiments.pictures import plot
 from experiments.search import grid
 from experiments.sweeps import learning_rate
 

@@ -219,7 +219,7 @@ def test_metrics_wait_for_a_disk_that_is_gone(finished, tmp_path, crashes):
     def run_on():
         # In the updates of steps 1, 2 and 3.
         with pytest.MonkeyPatch.context() as patch:
-            from experiments.reporting import Terminal
+            from experiments.terminal import Terminal
 
             before = Terminal.stage
 

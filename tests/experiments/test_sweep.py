@@ -42,7 +42,7 @@ def command(*arguments, **more):
 
 def execute(capsys, **given):
     """The command in this process; `(exit code, output, errors)`."""
-    flags = {"index": None, "stop_on_error": False, "print": False, "gather": False}
+    flags = {"index": None, "stop_on_error": False, "print": False, "gather": False, "quiet": False}
     capsys.readouterr()
     try:
         main(argparse.Namespace(**flags | given))

@@ -11,7 +11,7 @@ from rich.console import Console
 from attnrl_jax.training.guards import GuardConfig, collapse_warnings
 from attnrl_jax.training.metrics import repetition
 from attnrl_jax.training.process_metrics import compilations, process_metrics
-from experiments.reporting import Terminal
+from experiments.terminal import Terminal
 
 HEALTHY = {
     "train/entropy": 0.5, "train/response_length": 100.0, "train/truncated": 0.1,
