@@ -130,11 +130,14 @@ class Session:
                     tree = self._keep(report, files) or tree
                     score = self._conclude(state, unfinished, files)
                     unfinished = None
-                    self.checkpointer.check()
+                    if report.metrics["train/not_finite"] == 1:
+                        # Parameters of no use must not take the place of those that are.
+                        continue
                     due = finished(state, config) or state.step % config.checkpoint_every == 0
                     if due or self._is_best(score):
                         self._save(state, files, score=score)
                     setup.interrupt()
+                    self.checkpointer.check()
             except InterruptedRunError as wish:
                 terminal.console.print(f"{wish}: saving what there is after step {state.step}")
                 self._save_last(state, files, unfinished)
@@ -205,8 +208,12 @@ class Session:
     def _save_last(
         self, state: LoopState, files: RunFolder, unfinished: dict[str, float] | None
     ) -> None:
-        """Saves the state between two steps, unless it is on disk; waits until it is."""
-        self.checkpointer.wait()
+        """Saves the state between two steps, unless it is on disk; waits until it is. That an
+        earlier one could not be saved is no reason not to try."""
+        try:
+            self.checkpointer.wait()
+        except SaveError as error:
+            self.terminal.warn(f"{error}; step {state.step} is tried now")
         if self.checkpointer.latest_step() != state.step:
             self._save(state, files, unfinished)
         self.checkpointer.wait()
@@ -219,12 +226,17 @@ class Session:
         Several processes need not fail together, and cannot save one by one. An update that has
         begun has taken the buffers of the state.
         """
-        leaves = jax.tree.leaves(state.train)
-        if processes.count() > 1 or any(leaf.is_deleted() for leaf in leaves):
-            return
         try:
+            if processes.count() > 1:
+                raise SaveError("of several processes one may have failed alone")
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state.train)):
+                raise SaveError("the update had begun to change it")
             self._save_last(state, files, unfinished)
         except Exception as error:
-            self.terminal.warn(f"step {state.step} could not be saved: {error}")
+            newest = self.checkpointer.latest_step()
+            there = (
+                "there is no checkpoint" if newest is None else f"the newest is of step {newest}"
+            )
+            self.terminal.warn(f"step {state.step} could not be saved: {error}; {there}")
         else:
             self.terminal.console.print(f"what there is after step {state.step} is saved")

@@ -141,10 +141,9 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raises `SaveError` if a checkpoint that was begun is known to have failed."""
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._save_error(error) from error
+        # The error is kept by Orbax's thread that brings a save to its end, until it is waited for.
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -154,9 +153,12 @@ class Checkpointer:
         """
         try:
             self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         except Exception as error:
+            if processes.count() == 1:
+                # What this save would have removed is still there, and Orbax has forgotten it.
+                self._manager.reload()
             raise self._save_error(error) from error
-        self.check()
 
     def _save_error(self, error: Exception) -> SaveError:
         reason = str(error).strip().splitlines()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
+import signal
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from attnrl_jax.compilation.memory import DeviceMemoryError
+from attnrl_jax.interruption import InterruptedRunError
 from attnrl_jax.tasks.problems import DataError
 from attnrl_jax.training.checkpoint import CheckpointError, SaveError
 from attnrl_jax.training.loop import NotFiniteError
@@ -37,6 +40,12 @@ def said_by(config, folder, **options):
         run(config, folder, Console(file=file, width=1000), **options)
         file.seek(0)
         return file.read()
+
+
+def whole_checkpoints(folder):
+    """Their steps. (What a failed save left has another name.)"""
+    names = [path.name for path in (folder / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def largest_file(folder):
@@ -147,6 +156,52 @@ def test_a_disk_that_is_full_while_saving_ends_the_run_with_the_old_checkpoint(f
     assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
+def test_a_save_that_failed_ends_the_run_at_the_next_step(finished, tmp_path):
+    """Bug: nothing was noticed before the next save, here two steps later."""
+    folder = tmp_path / "run"
+    limits = resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY)
+    config = config_of(5, checkpoint_every=2, eval_every=0)
+    with full_disk(resource.RLIM_INFINITY), pytest.raises(SaveError, match="those of steps: 0"):
+        execute_with(config, folder, "update", 1, lambda: resource.setrlimit(*limits))
+    assert [m["step"] for m in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert whole_checkpoints(folder) == [0]
+
+
+def test_a_save_that_failed_keeps_no_signal_from_saving(finished, tmp_path, monkeypatch):
+    """Bug: on SIGTERM the error of the save before ended the run, which had not tried again. The
+    disk has room when it does."""
+    from experiments.terminal import Terminal
+
+    _, expected = finished
+    folder, warnings, updates = tmp_path / "run", [], iter([1, 2, 3])
+    no_room = resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY)
+    stage = Terminal.stage
+
+    def begin(self, name):
+        stage(self, name)
+        if name == "update" and (step := next(updates)) > 1:
+            # In step 2, which is saved at its end; then in step 3.
+            step == 2 and resource.setrlimit(*no_room)
+            step == 3 and os.kill(os.getpid(), signal.SIGTERM)
+
+    def warn(self, message):
+        warnings.append(message)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    monkeypatch.setattr(Terminal, "stage", begin)
+    monkeypatch.setattr(Terminal, "warn", warn)
+    with full_disk(resource.RLIM_INFINITY), pytest.raises(InterruptedRunError):
+        execute(config_of(checkpoint_every=2, steps=4), folder)
+    assert len(warnings) == 1
+    assert re.search(r"could not be written .*steps: 0\); step 3 is tried now", warnings[0])
+    assert whole_checkpoints(folder) == [0, 3]
+    monkeypatch.undo()
+    history = execute(config_of(4), folder)
+    # The last step is evaluated as well.
+    assert without_clock(history[:3]) == without_clock(expected[:3])
+    assert [m["step"] for m in history] == [0, 1, 2, 3, 4]
+
+
 # Numbers.
 
 
@@ -190,8 +245,8 @@ def test_a_policy_that_gives_no_numbers_ends_the_run(tmp_path):
     history = read_metrics(folder / "metrics.jsonl")
     assert [m["train/not_finite"] for m in history[1:]] == [0.0, pytest.approx(0.5, abs=0.4), 1.0]
     assert [m["update/not_finite_total"] for m in history[1:]] == [0, 1, 1]
-    # The best stays beside the newest.
-    assert (folder / "checkpoints" / "0").is_dir()
+    # Bug: step 3 was saved, and took the place of step 1. The best stays beside the newest.
+    assert whole_checkpoints(folder) == [0, 1, 2]
 
 
 # The run folder.
@@ -340,6 +395,30 @@ def test_running_out_of_memory_names_the_setting(tmp_path):
             config_of(checkpoint_every=100), folder, "generate", 2, lambda: jnp.zeros(1 << 46)
         )
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["0", "1"]
+
+
+def test_a_fault_in_an_update_that_has_begun_says_where_the_run_will_go_on(tmp_path, monkeypatch):
+    """Bug: nothing was said; the state before is gone."""
+    from attnrl_jax.training import loop
+
+    launch = loop.launch_update
+
+    def fail(train, *arguments, **options):
+        # As an update that donates its buffers, and then runs out of memory.
+        yield from launch(train, *arguments, **options)
+        raise RuntimeError("anything")
+
+    monkeypatch.setattr(loop, "launch_update", fail)
+    folder, warnings = tmp_path / "run", []
+    monkeypatch.setattr(
+        "experiments.terminal.Terminal.warn", lambda self, text: warnings.append(text)
+    )
+    with pytest.raises(RuntimeError, match="anything"):
+        execute(config_of(), folder)
+    assert warnings == [
+        "step 0 could not be saved: the update had begun to change it; the newest is of step 0"
+    ]
+    assert whole_checkpoints(folder) == [0]
 
 
 def test_a_fault_in_the_middle_of_a_step_saves_the_step_before(finished, tmp_path):
