@@ -17,7 +17,11 @@ import functools
 import logging
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.resource_tracker
+import os
+import select
 import signal
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -39,6 +43,9 @@ Outcome = bool | concurrent.futures.Future | None
 # Starting workers may take this long before anything is judged; beyond it (and the time limit of
 # the answers under way) a silent pool is taken for broken.
 _START_SECONDS = 60.0
+# A worker ends itself so long after the time limit of an answer, if nobody else has.
+_GRACE_SECONDS = 10.0
+_HAS_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class PooledJudge:
@@ -132,8 +139,9 @@ class PooledJudge:
                         return self._recent[question]
                     if self._pool is None:
                         self._pool = start_pool(self.config, self._make_ready)
+                    seconds = self.config.timeout_seconds
                     future = self._pool.schedule(
-                        self._answer, args=(question,), timeout=self.config.timeout_seconds
+                        answer_within, (self._answer, question, seconds), timeout=seconds
                     )
                     self._inflight.add(future)
                     self._recent[question] = future
@@ -258,10 +266,11 @@ def start_pool(config: JudgeConfig, make_ready: Callable[[], None]) -> Any:
     from pebble import ProcessPool
 
     context: multiprocessing.context.BaseContext
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
+    if _HAS_FORK_SERVER:
+        context = _ForkServerContext()
         # Loaded once in the server: a killed worker's successor starts in milliseconds.
         context.set_forkserver_preload(["math_verify", "numpy"])
+        _start_fork_server()
     else:
         context = multiprocessing.get_context("spawn")
     return ProcessPool(
@@ -272,10 +281,38 @@ def start_pool(config: JudgeConfig, make_ready: Callable[[], None]) -> Any:
     )
 
 
+if _HAS_FORK_SERVER:
+
+    class _Worker(multiprocessing.context.ForkServerProcess):
+        """One that takes no SIGTERM: pebble stops it by SIGKILL."""
+
+        def terminate(self) -> None:
+            self.kill()
+
+    class _ForkServerContext(multiprocessing.context.ForkServerContext):
+        Process = _Worker
+
+
+def _start_fork_server() -> None:
+    """Starts it with SIGTERM blocked, which it passes on: a scheduler sends SIGTERM to all processes
+    of a job, and what the workers have in hand is not to be lost before the run has saved."""
+    from multiprocessing import forkserver
+
+    # Starting the tracker, which the server does too, would unblock it.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(memory_bytes: int, make_ready: Callable[[], None]) -> None:
-    """Readies a worker: what it needs loaded, memory limited, SIGTERM deadly at once."""
-    # Python runs its signal handlers between bytecodes: inside one huge integer power, never.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Readies a worker: what it needs loaded, memory limited, its life bound to the run's."""
+    _end_with_the_run()
+    if _HAS_FORK_SERVER:
+        # SIGKILL ends it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     make_ready()
     # Platforms that cannot limit the address space still have the time limit.
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -285,3 +322,38 @@ def start_worker(memory_bytes: int, make_ready: Callable[[], None]) -> None:
             in_use = int(statm.read().split()[0]) * resource.getpagesize()
         limit = in_use + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _end_with_the_run() -> None:
+    """Lets the kernel end this worker when the process that started it is gone, even if that was
+    killed and the worker hangs inside one huge integer power. The fork server goes with its last
+    worker.
+
+    What the run holds of a worker is a pipe. (The parent of a worker is the fork server, which
+    lives on while there are workers: PR_SET_PDEATHSIG would wait for it, and it for them.)
+    """
+    parent = multiprocessing.parent_process()
+    if sys.platform != "linux" or parent is None:
+        return
+    import fcntl
+
+    pipe = parent.sentinel
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:
+        # It was gone before.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def answer_within(answer: Callable[[Question], float], question: Question, seconds: float) -> float:
+    """`answer` in a worker, which the kernel ends if it is not stopped at its time limit: the run
+    that watches over it may be gone, or at a halt."""
+    if not hasattr(signal, "setitimer"):
+        return answer(question)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)
+    try:
+        return answer(question)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,6 +1,7 @@
 """Judges: verdicts, and what hostile answers and dying workers cost."""
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -359,7 +360,7 @@ def test_questions_under_way_are_asked_once(hasty_judge):
 
 
 def test_a_lost_question_is_not_remembered():
-    with MathJudge() as fresh:
+    with MathJudge(JudgeConfig(timeout_seconds=60.0)) as fresh:
         fresh.judge_many([SURD])
         # Both workers are busy when the third is asked.
         pending = fresh.submit([hang(6), hang(7), surd(2)])
@@ -398,3 +399,108 @@ def test_limits_are_positive_and_finite(value):
         ValueError, match=f"timeout_seconds must be positive and finite, got {value}"
     ):
         JudgeConfig(timeout_seconds=value)
+
+
+# A program whose answers hang, and the processes that it has started.
+HANGING = """
+import sys
+from attnrl_jax.tasks.judging import JudgeConfig, MathJudge
+
+if __name__ == "__main__":
+    judge = MathJudge(JudgeConfig(workers=2, timeout_seconds=600.0))
+    texts = [rf"\\boxed{{({n}^{{99999}})^{{99999}}}}" for n in (7, 8)]
+    judge.judge_many([(r"\\boxed{\\sqrt{8}}", [r"2\\sqrt{2}"])])
+    pending = judge.submit([(text, [r"\\sqrt{3}"]) for text in texts])
+    while not all(future.running() for future in pending._outcomes):
+        pass
+    print("hanging", flush=True)
+    pending.result()
+"""
+
+
+def process_state(pid):
+    """`(parent, letter)` as Linux has it; None of a process that is gone, also if nobody asked."""
+    try:
+        letter, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if letter == "Z" else (int(parent), letter)
+
+
+def descendants(pid):
+    every = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    parents = {one: state[0] for one in every if (state := process_state(one))}
+    found = {pid}
+    while more := {one for one, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+@pytest.fixture
+def hanging(tmp_path):
+    """Such a program, and all processes that it has started."""
+    path = tmp_path / "hanging.py"
+    path.write_text(HANGING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, str(path)], env=environment, stdout=subprocess.PIPE, text=True
+    ) as program:
+        said = program.stdout.readline()
+        started = descendants(program.pid)
+        try:
+            assert said == "hanging\n"
+            # Two workers, the fork server, the resource tracker.
+            assert len(started) == 4
+            yield program, started
+        finally:
+            for pid in (*started, program.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_gone(pids):
+    until = time.monotonic() + 30
+    while (alive := [pid for pid in pids if process_state(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive
+
+
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@only_linux
+def test_workers_end_with_a_program_that_is_killed(hanging):
+    """Bug: a hanging worker and its fork server lived on for ever."""
+    program, started = hanging
+    program.kill()
+    assert wait_until_gone(started)
+
+
+@only_linux
+def test_sigterm_to_all_processes_costs_no_answer(hanging):
+    """Bug: a scheduler's SIGTERM killed the workers, and what they had in hand counted as wrong
+    before the run had saved."""
+    program, started = hanging
+    for pid in started:
+        os.kill(pid, signal.SIGTERM)
+    # Longer than it takes to die of it. The hanging answers go on hanging.
+    time.sleep(1)
+    assert all(map(process_state, started))
+    program.terminate()
+    assert wait_until_gone(started)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_an_answer_that_nobody_stops_ends_its_worker():
+    """As where the program that watches over it stands still."""
+    code = """
+from attnrl_jax.tasks import judging_pool
+judging_pool._GRACE_SECONDS = 0.1
+print(judging_pool.answer_within(float, "0.5", 0.1), flush=True)
+judging_pool.answer_within(lambda n: float(pow(n, 10**9)), 7, 0.1)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == "0.5\n"
+    assert ran.returncode == -signal.SIGALRM
