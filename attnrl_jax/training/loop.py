@@ -111,6 +111,8 @@ def start(setup: Setup, train: TrainState) -> LoopState:
     initial = _initial_group(first, setup, 1)
     warm_up = start_round(policy, setup, None, initial, watch, setup.interrupt)
     batch, tokens = warm_up.initial(), warm_up.tokens
+    # A signal to all processes of a job may have cost verdicts of other judges' workers.
+    setup.interrupt()
     continued = following = None
     if setup.config.overlap == "all":
         assert batch is not None
@@ -120,6 +122,7 @@ def start(setup: Setup, train: TrainState) -> LoopState:
         ahead = start_round(policy, setup, branching, second, watch, setup.interrupt)
         continued, following = ahead.continuations(), ahead.initial()
         tokens += ahead.tokens
+        setup.interrupt()
     return dataclasses.replace(
         state, batch=batch, continued=continued, following=following, sampled_tokens=tokens,
         lost_answers=watch.lost_answers,
@@ -267,12 +270,8 @@ def train_step(state: LoopState, setup: Setup) -> tuple[LoopState, StepReport]:
     metrics |= _closing_metrics(state, watch, sampled_tokens, trained_tokens, survivors)
     total = time.perf_counter() - begin
     overlapped = sum(watch.seconds.values()) - watch.busy()
-    seconds = watch.seconds | {
-        "overlapped": overlapped,
-        "other": total - watch.busy(),
-        "step": total,
-    }
-    metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+    closing = {"overlapped": overlapped, "other": total - watch.busy(), "step": total}
+    metrics |= {f"seconds/{k}": value for k, value in (watch.seconds | closing).items()}
     report = StepReport(
         metrics, leaves, segments, advantages, problems, trained,
         [np.flatnonzero(trained)[rows] for rows in losses.not_finite], watch.spans,
@@ -343,8 +342,10 @@ def evaluate(state: LoopState, setup: Setup) -> dict[str, float]:
     watch = Stopwatch(lambda stage: setup.on_stage("evaluate"))
     policy = policy_of(state.train.params, setup, state.step)
     [sampled], tokens = generate(policy, setup, [group], watch, setup.interrupt)
+    rewards = sampled.rewards()
+    setup.interrupt()
     return {
-        "held_out/accuracy": float(np.mean(sampled.rewards())),
+        "held_out/accuracy": float(np.mean(rewards)),
         "held_out/problems": len(problems),
         "held_out/response_length": tokens / len(problems),
         "held_out/judge_lost": watch.lost_answers,

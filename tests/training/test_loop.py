@@ -16,7 +16,7 @@ from attnrl_jax.datasets.stream import ProblemStream
 from attnrl_jax.scoring import score
 from attnrl_jax.tasks.problems import Problem
 from attnrl_jax.training.leaves import empty_rollouts
-from attnrl_jax.training.loop import evaluate
+from attnrl_jax.training.loop import evaluate, start
 from attnrl_jax.training.rollout import (
     Advantages,
     permute_across_problems,
@@ -287,3 +287,36 @@ def test_evaluation_repeats_itself(golden):
     first, second = (evaluate(state, setup) for _ in range(2))
     assert first["held_out/accuracy"] == second["held_out/accuracy"]
     assert first["held_out/problems"] == 6
+
+
+class Interrupted(Exception):
+    """A signal."""
+
+
+class JudgeOfAJobThatEnds(ChecksumJudge):
+    """The signal comes while the last answer is judged, and costs its verdict."""
+
+    is_signalled = False
+
+    def judge_many(self, items):
+        self.is_signalled = True
+        return super().judge_many(items)
+
+    def interrupt(self):
+        if self.is_signalled:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("overlap", ["none", "all"])
+def test_verdicts_that_a_signal_may_have_cost_are_not_recorded(golden, overlap):
+    """Bug: nobody asked for a signal between the last verdict and what is saved of it."""
+    setup = tiny_setup(golden, overlap=overlap)
+    state = fresh_state(golden, setup)
+    judge = JudgeOfAJobThatEnds()
+    task = dataclasses.replace(setup.task, judge=judge)
+    ending = dataclasses.replace(setup, task=task, interrupt=judge.interrupt)
+    with pytest.raises(Interrupted):
+        evaluate(state, ending)
+    judge.is_signalled = False
+    with pytest.raises(Interrupted):
+        start(ending, state.train)
