@@ -125,6 +125,8 @@ class Session:
                     unfinished = None
                     if begun.saved_step < 0:
                         self._save(state, files, score=score)
+                    else:
+                        self.checkpointer.amend(state.step, self._notes(files), score)
                 for state, report in train_steps(state, setup):  # noqa: B020 (the state goes on)
                     unfinished, spans = report.metrics, report.spans
                     tree = self._keep(report, files) or tree
@@ -201,9 +203,13 @@ class Session:
         unfinished: dict[str, float] | None = None,
         score: float | None = None,
     ) -> None:
-        notes = {"settings": self.settings, "pending": files.pending, "unfinished": unfinished}
-        self.checkpointer.save(state, notes, score)
+        self.checkpointer.save(state, self._notes(files, unfinished), score)
         return_memory()
+
+    def _notes(
+        self, files: RunFolder, unfinished: dict[str, float] | None = None
+    ) -> dict[str, Any]:
+        return {"settings": self.settings, "pending": files.pending, "unfinished": unfinished}
 
     def _save_last(
         self, state: LoopState, files: RunFolder, unfinished: dict[str, float] | None

@@ -294,8 +294,8 @@ if _HAS_FORK_SERVER:
 
 
 def _start_fork_server() -> None:
-    """Starts it with SIGTERM blocked, which it passes on: a scheduler sends that to all processes of
-    a job, and what the workers have in hand is not to be lost before the run has saved."""
+    """Starts it with SIGTERM blocked, which it passes on: a scheduler sends that to every process
+    of a job, and what the workers have in hand is not to be lost before the run has saved."""
     from multiprocessing import forkserver
 
     # Starting the tracker, which the server does too, would unblock it.

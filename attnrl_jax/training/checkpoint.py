@@ -8,6 +8,7 @@ damaged since is not trained on, and the one before it takes its place.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,13 +19,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from attnrl_jax import processes
+from attnrl_jax.training.checkpoint_reading import (
+    FORMAT,
+    CheckpointError,
+    DamagedError,
+    check_checksums,
+    check_same_model,
+    read_values,
+    stored_score,
+    together,
+)
 from attnrl_jax.training.checksums import array_checksums, row_checksums, text_checksum
 from attnrl_jax.training.leaves import from_arrays, to_arrays
 from attnrl_jax.training.retention import NewestAndBest, best_steps, steps_on_disk
 from attnrl_jax.training.state import LoopState, TrainState
 
-# Of what a checkpoint holds; raise it when that changes.
-FORMAT = 2
 # What of a run's state is rows, and what is plain numbers.
 ROWS = ("batch", "continued", "following")
 COUNTERS = {f.name for f in fields(LoopState)} - {"train", *ROWS}
@@ -32,16 +41,8 @@ COUNTERS = {f.name for f in fields(LoopState)} - {"train", *ROWS}
 DAMAGED = "damaged_checkpoints"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or does not fit the run."""
-
-
 class SaveError(RuntimeError):
     """A checkpoint that could not be written; those before it are as they were."""
-
-
-class _DamagedError(CheckpointError):
-    """One that another checkpoint may stand in for."""
 
 
 class Checkpointer:
@@ -62,7 +63,7 @@ class Checkpointer:
         self._scores = {
             step: score
             for step in steps_on_disk(self.folder)
-            if (score := _stored_score(self.folder / str(step))) is not None
+            if (score := stored_score(self.folder / str(step))) is not None
         }
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -139,6 +140,38 @@ class Checkpointer:
         except Exception as error:
             raise self._save_error(error) from error
 
+    def amend(self, step: int, notes: Mapping[str, Any], score: float | None) -> None:
+        """Gives a checkpoint that is on disk other notes, and the score that it had not.
+
+        One file takes the place of another, so that the checkpoint is whole all the time.
+
+        Args:
+          step: of the checkpoint.
+          notes, score: as in `save`.
+
+        Raises:
+          SaveError: they could not be written.
+        """
+        folder = self.folder / str(step)
+
+        def write() -> None:
+            score_now = None if score is None else float(score)
+            values = read_values(folder) | {"notes": dict(notes), "score": score_now}
+            stored = json.dumps({"values": values, "checksum": text_checksum(values)})
+            staging = folder / ".loop.tmp"
+            with staging.open("w") as file:
+                file.write(stored)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staging, folder / "loop" / "metadata")
+
+        try:
+            processes.first_then_all(write)
+        except OSError as error:
+            raise self._save_error(error) from error
+        if score is not None:
+            self._scores[step] = float(score)
+
     def check(self) -> None:
         """Raises `SaveError` if a checkpoint that was begun is known to have failed."""
         # The error is kept by Orbax's thread that brings a save to its end, until it is waited for.
@@ -212,7 +245,7 @@ class Checkpointer:
         for step in steps:
             try:
                 restored = self._restore(step, template, check)
-            except _DamagedError as error:
+            except DamagedError as error:
                 damaged.append((step, str(error)))
                 continue
             for bad, reason in damaged:
@@ -225,10 +258,10 @@ class Checkpointer:
         self, step: int, template: TrainState, check: Callable[[dict[str, Any]], None]
     ) -> tuple[LoopState, dict[str, Any]]:
         folder = self.folder / str(step)
-        values = _together(folder, lambda: self._read_values(folder))
+        values = together(folder, lambda: read_values(folder))
         check(values["notes"])
-        _together(folder, lambda: _check_same_model(folder, "params", template.params))
-        train = _together(
+        together(folder, lambda: check_same_model(folder, "params", template.params))
+        train = together(
             folder,
             lambda: ocp.StandardCheckpointHandler().restore(
                 folder / "train",
@@ -248,28 +281,17 @@ class Checkpointer:
                 for name in values["in_flight"]
             }
 
-        rows = _together(folder, read_rows)
+        rows = together(folder, read_rows)
 
-        def put_together() -> LoopState:
+        def puttogether() -> LoopState:
             found = array_checksums(train, "train")[0] | row_checksums(rows)
-            _check_checksums(folder, values["checksums"], found)
+            check_checksums(folder, values["checksums"], found)
             held: dict[str, Any] = dict.fromkeys(ROWS) | {
                 name: from_arrays(arrays) for name, arrays in rows.items()
             }
             return LoopState(train=train, **held, **values["counters"])
 
-        return _together(folder, put_together), values["notes"]
-
-    def _read_values(self, folder: Path) -> dict[str, Any]:
-        stored = ocp.JsonCheckpointHandler().restore(folder / "loop")
-        if "values" not in stored or stored["values"].get("format") != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {folder} was written by another version of this program"
-            )
-        values = stored["values"]
-        if text_checksum(values) != stored["checksum"]:
-            raise _DamagedError(f"checkpoint {folder} is damaged: its numbers are not those saved")
-        return values
+        return together(folder, puttogether), values["notes"]
 
     def _move_away(self, step: int) -> Path:
         target = self.folder.parent / DAMAGED / str(step)
@@ -302,22 +324,22 @@ class Checkpointer:
         folder = self.folder / str(step)
         if step not in self.steps():
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}")
-        values = _together(folder, lambda: self._read_values(folder))
+        values = together(folder, lambda: read_values(folder))
         wanted = {"params": template}
         to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
 
         def read() -> Any:
-            _check_same_model(folder, "params", template)
+            check_same_model(folder, "params", template)
             params = ocp.PyTreeCheckpointHandler().restore(
                 folder / "train",
                 args=ocp.args.PyTreeRestore(wanted, to_host, partial_restore=True),
             )["params"]
             found = array_checksums(params, "train/params")[0]
             saved = {name: values["checksums"].get(name) for name in found}
-            _check_checksums(folder, saved, found)
+            check_checksums(folder, saved, found)
             return params
 
-        return _together(folder, read)
+        return together(folder, read)
 
     def close(self) -> None:
         """Waits for what was begun, and lets go of the folder.
@@ -332,74 +354,3 @@ class Checkpointer:
                 self._manager.close()
             except Exception as error:
                 raise self._save_error(error) from error
-
-
-def _stored_score(folder: Path) -> float | None:
-    try:
-        score = ocp.JsonCheckpointHandler().restore(folder / "loop")["values"]["score"]
-        return None if score is None else float(score)
-    except Exception:  # damage, of which `restore` says more
-        return None
-
-
-def _check_checksums(folder: Path, saved: Mapping[str, Any], found: Mapping[str, int]) -> None:
-    differ = sorted(name for name in {*saved, *found} if saved.get(name) != found.get(name))
-    if differ:
-        raise _DamagedError(
-            f"checkpoint {folder} is damaged: {len(differ)} of {len(found)} arrays are not those "
-            f"that were saved, such as {differ[0]}"
-        )
-
-
-def _together(folder: Path, read: Callable[[], Any]) -> Any:
-    """What `read` gives; where one of several processes cannot read, all of them say so.
-
-    Raises:
-      CheckpointError: of another model or version.
-      _DamagedError: anything else that reading may raise: a file that is damaged can be at odds
-        with all of Orbax.
-    """
-    refused: CheckpointError | None = None
-    result = None
-    try:
-        result = read()
-    except CheckpointError as error:
-        refused = error
-    except (jax.errors.JaxRuntimeError, MemoryError):
-        # Of the devices, not of the files.
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        refused = _DamagedError(
-            f"checkpoint {folder} cannot be read: {type(error).__name__}: {reason[:500]}"
-        )
-        refused.__cause__ = error
-    failed = int(processes.total(np.array(refused is not None, np.int32)))
-    if refused is not None:
-        raise refused
-    if failed:
-        raise _DamagedError(f"checkpoint {folder} cannot be read by {failed} other process(es)")
-    return result
-
-
-def _check_same_model(folder: Path, name: str, template: Any) -> None:
-    """Shapes of the stored parameters, before any is read."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(folder / "train").item_metadata.tree[name]
-    stored, wanted = _shapes(tree), _shapes(template)
-    for path in sorted(stored.keys() | wanted.keys()):
-        there, here = stored.get(path, "absent"), wanted.get(path, "absent")
-        if there != here:
-            raise CheckpointError(
-                f"checkpoint {folder} is of another model: parameter {path} is {there} there, "
-                f"{here} in the model"
-            )
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }

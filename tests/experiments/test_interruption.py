@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
 from attnrl_jax.interruption import InterruptedRunError, Interruption
+from attnrl_jax.training.checkpoint import Checkpointer
 from experiments.configs import attnrl_graph
 from experiments.records import read_metrics
 from tests.conftest import ROOT
@@ -55,6 +57,29 @@ def test_a_signal_saves_what_there_is(finished, tmp_path, stage, occurrence, num
     assert recorded == [*range(step + (stage != "evaluate"))]
     history = execute(config_of(), folder)
     assert without_clock(history) == without_clock(expected)
+    # Bug: a step whose evaluation was interrupted was never the best, though its score came later.
+    scores = {m["step"]: m["held_out/accuracy"] for m in history if "held_out/accuracy" in m}
+    with closing(Checkpointer(folder / "checkpoints", read_only=True)) as reader:
+        best = reader.best_step()
+    assert best == max(scores, key=lambda step: (scores[step], step))
+
+
+def test_an_evaluation_that_was_interrupted_is_done_once(tmp_path):
+    """Bug: of the last step it was done again at every call, as its score was not saved."""
+    folder = tmp_path / "run"
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError):
+        execute_with(config_of(steps=1), folder, "evaluate", 2, interrupt)
+    assert saved_steps(folder) == [0, 1]
+    history = execute(config_of(steps=1), folder)
+    assert "held_out/accuracy" in history[1]
+    evaluated = []
+    again = execute_with(config_of(steps=1), folder, "evaluate", 0, lambda: evaluated.append(1))
+    assert again == history
+    assert not evaluated
 
 
 def test_a_signal_before_there_is_anything_leaves_nothing_behind(tmp_path):

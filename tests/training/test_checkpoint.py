@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from contextlib import closing
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnrl_jax.training.checkpoint import Checkpointer, CheckpointError, SaveError
-from attnrl_jax.training.checksums import array_checksums
+from attnrl_jax.training.checksums import array_checksums, text_checksum
 from attnrl_jax.training.state import init_state
 from tests.training.tiny import fresh_state, run_steps, tiny_setup
 
@@ -201,6 +202,41 @@ def test_numbers_that_were_changed_are_noticed(begun, tmp_path):
     assert "its numbers are not those saved" in told[0]
 
 
+@pytest.mark.parametrize("word", ["format", "values", "checksum"])
+def test_a_bit_of_a_name_is_damage_and_no_other_version(begun, tmp_path, word):
+    """Bug: "written by another version" ended the run, and no older checkpoint was taken."""
+    state, template = begun
+    saved(tmp_path, state, [1, 2]).close()
+    path = tmp_path / "run" / "2" / "loop" / "metadata"
+    text = path.read_text()
+    assert text.count(f'"{word}"') == 1
+    path.write_text(text.replace(f'"{word}"', f'"{chr(ord(word[0]) ^ 1)}{word[1:]}"'))
+    told = []
+    with closing(Checkpointer(tmp_path / "run")) as reader:
+        assert reader.restore(template, on_damaged=told.append)[0].step == 1
+    assert "run/2 is damaged" in told[0]
+
+
+def test_a_checkpoint_is_given_its_score_later(begun, tmp_path):
+    """Nothing else of it changes; it is the best at once, and after the folder was left."""
+    state, template = begun
+    with closing(saved(tmp_path, state, [1, 2], keep_best=1)) as writer:
+        writer.amend(1, {"step": 1, "more": [0.5]}, 0.75)
+        assert writer.best_step() == 1
+        writer.save(dataclasses.replace(state, step=3))
+        writer.save(dataclasses.replace(state, step=4))
+        writer.wait()
+        assert writer.steps() == [1, 3, 4]
+    shutil.rmtree(tmp_path / "run" / "3")
+    shutil.rmtree(tmp_path / "run" / "4")
+    with closing(Checkpointer(tmp_path / "run")) as reader:
+        assert reader.best_step() == 1
+        restored, notes = reader.restore(template)
+    assert notes == {"step": 1, "more": [0.5]}
+    jax.tree.map(np.testing.assert_array_equal, restored.train, state.train)
+    assert not list((tmp_path / "run" / "1").glob("*.tmp"))
+
+
 def test_another_model_or_version_is_no_damage(begun, golden_model, tmp_path):
     """Nothing is moved, and no older checkpoint taken."""
     state, _ = begun
@@ -213,7 +249,8 @@ def test_another_model_or_version_is_no_damage(begun, golden_model, tmp_path):
     ):
         reader.restore(template)
     path = tmp_path / "run" / "2" / "loop" / "metadata"
-    path.write_text(json.dumps({"cursor": 5}))
+    values = json.loads(path.read_text())["values"] | {"format": 1}
+    path.write_text(json.dumps({"values": values, "checksum": text_checksum(values)}))
     with (
         closing(Checkpointer(tmp_path / "run")) as reader,
         pytest.raises(CheckpointError, match="another version of this program"),

@@ -289,7 +289,7 @@ def test_evaluation_repeats_itself(golden):
     assert first["held_out/problems"] == 6
 
 
-class Interrupted(Exception):
+class SignalError(Exception):
     """A signal."""
 
 
@@ -304,7 +304,7 @@ class JudgeOfAJobThatEnds(ChecksumJudge):
 
     def interrupt(self):
         if self.is_signalled:
-            raise Interrupted
+            raise SignalError
 
 
 @pytest.mark.parametrize("overlap", ["none", "all"])
@@ -315,8 +315,8 @@ def test_verdicts_that_a_signal_may_have_cost_are_not_recorded(golden, overlap):
     judge = JudgeOfAJobThatEnds()
     task = dataclasses.replace(setup.task, judge=judge)
     ending = dataclasses.replace(setup, task=task, interrupt=judge.interrupt)
-    with pytest.raises(Interrupted):
+    with pytest.raises(SignalError):
         evaluate(state, ending)
     judge.is_signalled = False
-    with pytest.raises(Interrupted):
+    with pytest.raises(SignalError):
         start(ending, state.train)
