@@ -23,18 +23,24 @@ ROOT = Path(__file__).resolve().parents[1]
 QUIET = "show nothing but warnings, errors and the last line"
 
 
-def stop(error: Exception, told: bool = False) -> NoReturn:
+def stop(
+    error: Exception, told: bool = False, begun: bool = False, repeats: bool = False
+) -> NoReturn:
     """Ends the command with an error in one paragraph.
 
-    The exit code is 2 where what was given cannot be used, so that trying again would not help, and
-    1 for anything else.
+    The exit code is 2 where trying again would not help: what was given cannot be used, or the
+    error comes again. It is 1 for anything else.
 
     Args:
       error: what ended it.
       told: its words are meant for the user, whatever its class.
+      begun: what was given had been found good, so that a `ValueError` or `OSError` is a fault.
+      repeats: it comes again.
     """
-    text, refused = str(error).strip(), isinstance(error, ValueError | OSError)
-    if not told and not _is_told(error):
+    text = str(error).strip()
+    refused = repeats or (isinstance(error, ValueError | OSError) and not begun)
+    told = told or (_is_told(error) and not (begun and type(error) is ValueError))
+    if not told:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
         text = f"{' '.join(text.split())} (--debug shows the traceback)"
     print(f"error: {text}", file=sys.stderr)

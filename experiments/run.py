@@ -18,8 +18,9 @@ prints every setting with its value and its meaning; `--config.NAME=VALUE` chang
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def run(
     console: Console,
     allowed: Sequence[str] = (),
     parts: Parts | None = None,
+    on_begun: Callable[[], None] = lambda: None,
 ) -> list[dict[str, float]]:
     """Runs, or continues, a run in its folder. Nothing is written before all was checked.
 
@@ -85,6 +87,7 @@ def run(
       console: shows progress.
       allowed: settings that may differ from those the run began with, besides `FREE_TO_CHANGE`.
       parts: of the user's own.
+      on_begun: called before the first step, when all was checked and the checkpoint was read.
 
     Returns:
       metrics of every step, the first of them step 0, before training; of several processes none
@@ -156,6 +159,7 @@ def run(
         )  # fmt: skip
         try:
             begun = session.begin(first) if done is None else session.resume(first, config, free)
+            on_begun()
             session.train(begun)
         except Exception as error:
             explained = explain_out_of_memory(
@@ -215,7 +219,7 @@ def main(argv: list[str]) -> None:
         stop(ValueError(f"unexpected arguments: {' '.join(argv[1:])} (--help explains)"))
     # Orbax reports every file it closes at INFO.
     logging.set_verbosity(logging.WARNING)
-    flag, again = flags.FLAGS, "nothing was begun"
+    flag, again, begun = flags.FLAGS, "nothing was begun", threading.Event()
     try:
         config = flag.config
         name = f"{config.get('method')}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -223,7 +227,7 @@ def main(argv: list[str]) -> None:
         again = f"continue with the same command and --workdir={folder}"
         console = make_console(quiet=flag.quiet or not processes.is_first())
         parts = load_parts(config_flags.get_config_filename(flag["config"]))
-        history = run(config, folder, console, flag.allow_change, parts)
+        history = run(config, folder, console, flag.allow_change, parts, begun.set)
     except InterruptedRunError as wish:
         processes.disconnect()
         interrupted(again, wish.exit_code)
@@ -232,7 +236,9 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         if flag.debug:
             raise
-        stop(error, told=isinstance(error, NotFiniteError | SaveError))
+        # A run goes on exactly where it was: numbers and memory will be what they were.
+        repeats = isinstance(error, NotFiniteError | DeviceMemoryError)
+        stop(error, isinstance(error, NotFiniteError | SaveError), begun.is_set(), repeats)
     if processes.is_first():
         if not flag.quiet:
             print(f"metrics, trees, checkpoints and curve.png are in {folder}")

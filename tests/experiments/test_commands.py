@@ -10,11 +10,15 @@ import sys
 import numpy as np
 import pytest
 
+from attnrl_jax.compilation.memory import DeviceMemoryError
 from attnrl_jax.processes import ProcessError
+from attnrl_jax.tasks.problems import DataError
+from attnrl_jax.training.loop import NotFiniteError
 from experiments.commands import readable, stop
 from experiments.setting_list import setting_list, settings_of
 from experiments.settings import SettingError, build, default_config
 from tests.test_readme import ROOT
+from tests.two_processes import SMALL_RUN, environment
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,62 @@ def test_what_was_given_is_told_from_what_may_work_again(error, code, message, c
         stop(error)
     assert ended.value.code == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "code", "message"),
+    [
+        # Bug: 2, which ends the loop of docs/running.md: the disk may have room again.
+        (OSError(28, "No space left on device"), {}, 1, "OSError: [Errno 28] No space left"),
+        (ValueError("a bug"), {}, 1, "ValueError: a bug (--debug shows"),
+        (DataError("problem 3 of split 'train' cannot be read"), {}, 1, "problem 3 of split"),
+        # Bug: 1, though a run that goes on exactly meets it again for ever.
+        (NotFiniteError("no number"), {"told": True, "repeats": True}, 2, "no number\n"),
+        (DeviceMemoryError("lower slots"), {"repeats": True}, 2, "lower slots\n"),
+    ],
+)
+def test_in_the_middle_of_a_run_only_what_repeats_is_not_tried_again(
+    error, options, code, message, capsys
+):
+    with pytest.raises(SystemExit) as ended:
+        stop(error, begun=True, **options)
+    assert ended.value.code == code
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_a_run_tells_its_loop_whether_to_go_on(tmp_path):
+    """A fault in a step is 1 and an update without numbers 2, of the command itself."""
+    program = """
+import sys
+from attnrl_jax.training import loop
+from experiments import run
+
+FAULT, honest = sys.argv.pop(1), loop.train_step
+
+def step(state, setup):
+    if FAULT == "value":
+        raise ValueError("a bug")
+    state, report = honest(state, setup)
+    return state, report.__class__(**vars(report) | {"metrics": report.metrics | {
+        "train/not_finite": 1}})
+
+loop.train_step = step
+run.command()
+"""
+    (tmp_path / "program.py").write_text(program)
+    for fault, code, message in (
+        ("value", 1, "error: ValueError: a bug (--debug shows the traceback)"),
+        ("numbers", 2, "error: no response of step 1 has log-probabilities that are finite"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, tmp_path / "program.py", fault, *SMALL_RUN[1:],
+             "--config.steps=2", "--config.num_problems=2", f"--workdir={tmp_path / 'run'}"],
+            cwd=ROOT, env=environment(1) | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+            text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert ended.returncode == code, ended.stderr
+        assert message in ended.stderr
 
 
 def test_a_fault_of_a_library_or_of_the_system_says_what_it_is(capsys):
