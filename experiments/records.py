@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ METRICS_FILE = "metrics.jsonl"
 MOST_TREES = 200
 # Of the newest updates that were skipped.
 MOST_POST_MORTEMS = 10
+# Newest lines of the metrics that are remembered, in case that the file loses them.
+MOST_LINES = 1000
 
 Warn = Callable[[str], None]
 
@@ -73,6 +77,7 @@ class RunFolder:
         text = "".join(json.dumps(m) + "\n" for m in kept)
         write_atomically(self._path, text)
         self._size = len(text.encode())
+        self._newest = deque(kept, MOST_LINES)
         self._events = self._try(
             "TensorBoard events", lambda: _Events(folder / "tensorboard", last_step + 1)
         )
@@ -114,6 +119,8 @@ class RunFolder:
         """
         if not self.pending:
             return
+        if self._has_lost_lines():
+            self._write_anew()
         data = "".join(json.dumps(m, allow_nan=False) + "\n" for m in self.pending).encode()
         with self._path.open("r+b") as file:
             # A write that failed half-way left half a line.
@@ -123,7 +130,24 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self._size += len(data)
+        self._newest.extend(self.pending)
         self.pending.clear()
+
+    def _has_lost_lines(self) -> bool:
+        """Whether the file is gone, or came back shorter: as from a disk that was restored."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return True
+        return stat.S_ISREG(found.st_mode) and found.st_size < self._size
+
+    def _write_anew(self) -> None:
+        """Writes what is left of the file and what is remembered of it."""
+        known = {m["step"]: m for m in (*read_metrics(self._path), *self._newest)}
+        text = "".join(json.dumps(known[step]) + "\n" for step in sorted(known))
+        write_atomically(self._path, text)
+        self._size = len(text.encode())
+        self._warn(f"{self._path} had lost lines; {len(known)} were written again")
 
     def _try(self, what: str, function: Callable[[], Any]) -> Any:
         """What it returns (True for nothing); None, with a warning, where the disk refuses."""
@@ -170,7 +194,7 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
             step = int(report.metrics["step"])
             for number, rows in enumerate(report.not_finite):
-                path = folder / f"step_{step:06d}_update_{number}.npz"
+                path = folder / f"step_{step:06d}_update_{number:04d}.npz"
                 rollouts = report.lay_out(rows)
                 width = rollouts.tokens.shape[1]
                 laid_out = report.leaf_advantages.lay_out(report.leaves, rows, width)
@@ -247,7 +271,8 @@ def _ranges(steps: set[int]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Metrics written so far, up to the first line that is none: one that a crash cut off."""
+    """Metrics written so far, without lines that are none: one that a crash cut off, or that was
+    damaged."""
     if not path.exists():
         return []
     metrics = []
@@ -255,8 +280,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         try:
             read = json.loads(line)
         except json.JSONDecodeError:
-            break
-        if not isinstance(read, dict) or not isinstance(read.get("step"), int | float):
-            break
-        metrics.append(read)
+            continue
+        if isinstance(read, dict) and isinstance(read.get("step"), int | float):
+            metrics.append(read)
     return metrics
