@@ -44,7 +44,8 @@ FREE_TO_CHANGE = (
 # Settings that may not, even by name: a checkpoint holds responses that were sampled by them.
 FIXED = (
     "method", "seed", "model.path", "model.tokenizer", "data.", "graph.", "prompt.",
-    "prompt_budget", "response_budget", "schedule", "overlap", "importance_cap",
+    "prompt_budget", "response_budget", "temperature", "top_p", "top_k", "num_responses",
+    "branching.rule", "schedule", "overlap", "importance_cap",
     "parts.problems", "parts.held_out", "parts.segmenter",
 )  # fmt: skip
 ALLOW = "--allow_change"

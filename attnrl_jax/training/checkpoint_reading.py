@@ -14,7 +14,7 @@ from attnrl_jax import processes
 from attnrl_jax.training.checksums import text_checksum
 
 # Of what a checkpoint holds; raise it when that changes.
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(ValueError):

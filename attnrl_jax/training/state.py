@@ -332,8 +332,11 @@ class LoopState:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW."""
-    rate: Any = config.learning_rate
+    """Gradient clipping by global norm, then AdamW.
+
+    Its state has the same structure at all settings, so that they may change in a run.
+    """
+    rate = optax.constant_schedule(config.learning_rate)
     if config.warmup_updates:
         # Starts above 0, so that the first update is one.
         rate = optax.linear_schedule(

@@ -120,14 +120,21 @@ def test_a_setting_that_is_named_may_change(finished, tmp_path):
     config.optimizer.learning_rate = 1e-4
     with pytest.raises(FolderError, match=r"0.0003 there, 0.0001 here \(--allow_change=NAME"):
         execute(config, copy)
-    for name, message in (("stepz", "no setting stepz"), ("seed", "seed cannot change in a run")):
-        with pytest.raises(SettingError, match=message):
+    with pytest.raises(SettingError, match="no setting stepz"):
+        execute(config, copy, allowed=["stepz"])
+    # Bug: those after the seed could, though responses in flight were shaped by them.
+    for name in ("seed", "temperature", "top_p", "top_k", "num_responses", "branching.rule"):
+        with pytest.raises(SettingError, match=f"{name} cannot change in a run"):
             execute(config, copy, allowed=[name])
-    history = execute(config, copy, allowed=["optimizer.learning_rate"])
+    # Bug: a warm-up that ends was refused as another model.
+    config.optimizer.warmup_updates = 0
+    allowed = ["optimizer.learning_rate", "optimizer.warmup_updates"]
+    history = execute(config, copy, allowed=allowed)
     assert [m["step"] for m in history] == [0, 1, 2, 3, 4]
     changes = [json.loads(line) for line in (copy / "changes.jsonl").read_text().splitlines()]
     rate = {"after_step": 3, "setting": "optimizer.learning_rate", "before": 3e-4, "now": 1e-4}
     assert rate in changes
+    assert "optimizer.warmup_updates" in {change["setting"] for change in changes}
     # Those of the checkpoint are the new ones now.
     assert execute(config, copy) == history
 
@@ -223,7 +230,7 @@ def test_updates_that_are_not_finite_end_the_run_with_their_rows(tmp_path, monke
     assert [m["update/not_finite_in_a_row"] for m in history[1:]] == [1, 2]
     assert [m["update/updates"] for m in history[1:]] == [0, 0]
     paths = sorted((folder / "post_mortem").iterdir())
-    assert [p.name for p in paths] == [f"step_00000{k}_update_0.npz" for k in (1, 2)]
+    assert [p.name for p in paths] == [f"step_00000{k}_update_0000.npz" for k in (1, 2)]
     with np.load(paths[0]) as stored:
         rows = stored["rows"]
         assert len(rows) == history[1]["rows/trained"]
@@ -318,6 +325,35 @@ def test_half_a_line_is_written_again(tmp_path):
     assert "metrics cannot be written" in warnings[0]
     assert "TensorBoard events cannot be written" in warnings[1]
     assert "step 3: not finite, not written: a" in warnings[2]
+
+
+@pytest.mark.parametrize("left", [None, 0, 1])
+def test_a_metrics_file_that_lost_its_end_is_written_anew(tmp_path, left):
+    """Bug: a hole of zeros came where lines had been, or the file that was gone stayed away."""
+    warnings, path = [], tmp_path / "metrics.jsonl"
+    files = RunFolder(tmp_path, warn=warnings.append)
+    for step in range(3):
+        files.write_metrics({"step": step})
+    if left is None:
+        path.unlink()
+    else:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:left]))
+    files.write_metrics({"step": 3})
+    files.write_metrics({"step": 4})
+    files.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*range(5)]
+    assert warnings == [f"{path} had lost lines; 3 were written again"]
+
+
+def test_a_line_that_is_damaged_costs_no_other(tmp_path):
+    """Bug: all after it were dropped when the run went on."""
+    path, warnings = tmp_path / "metrics.jsonl", []
+    lines = [json.dumps({"step": step}) for step in range(5)]
+    lines[2] = "\0" * 20
+    path.write_text("\n".join([*lines, '{"st']))
+    RunFolder(tmp_path, 4, warn=warnings.append).close()
+    assert [m["step"] for m in read_metrics(path)] == [0, 1, 3, 4]
+    assert "has lost the metrics of steps 2" in warnings[0]
 
 
 def test_a_tensorboard_folder_that_cannot_be_written_costs_the_events_alone(tmp_path):

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from attnrl_jax.algorithms.losses import LossConfig
 from attnrl_jax.sharding import MeshConfig, make_mesh
-from attnrl_jax.training.state import OptimizerConfig, TrainConfig, abstract_state, init_state
+from attnrl_jax.training.state import (
+    OptimizerConfig,
+    TrainConfig,
+    abstract_state,
+    init_state,
+    make_optimizer,
+)
 
 BUDGETS = {"prompt_budget": 1024, "response_budget": 8192, "length_multiple": 1024}
 
@@ -78,3 +87,44 @@ def test_a_state_without_arrays_is_laid_out_like_one_with(golden_model):
     for shape, array in zip(*map(jax.tree.leaves, (shapes, arrays)), strict=True):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
         assert shape.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+
+def test_a_warm_up_may_begin_or_end_in_a_run(golden_model):
+    """Bug: without one the optimizer's state had another structure, and a checkpoint of it was "of
+    another model"."""
+    params = golden_model("qwen2_tied").params
+    structures = {
+        jax.tree.structure(make_optimizer(OptimizerConfig(warmup_updates=n)).init(params))
+        for n in (0, 1, 10)
+    }
+    assert len(structures) == 1
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 3e-4, 0.0123])
+def test_without_a_warm_up_the_rate_is_constant_to_the_bit(golden_model, learning_rate):
+    params = golden_model("qwen2_tied").params
+    config = OptimizerConfig(learning_rate=learning_rate)
+    plain = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+        ),
+    )
+
+    def after_three_updates(optimizer):
+        @jax.jit
+        def update(params, state):
+            gradients = jax.tree.map(jnp.sin, params)
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        result, state = params, optimizer.init(params)
+        for _ in range(3):
+            result, state = update(result, state)
+        return result
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        after_three_updates(make_optimizer(config)),
+        after_three_updates(plain),
+    )
