@@ -5,7 +5,8 @@
 
 Runs the default task with small steps, so that there are many of them, ends it as a scheduler would
 (SIGTERM), and reports what the run folder says. Exit code 1 where the resident set grew by more
-than 2 % after warm-up, or a program was compiled after it.
+than 2 % after warm-up, a program was compiled after it, or the files of the run are larger than so
+many steps account for; what is wrong is the last line.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rich.console import Console
 
 from experiments import commands
 from experiments.folders import write_atomically
-from experiments.records import METRICS_FILE, read_metrics
+from experiments.records import METRICS_FILE, MOST_TREES, read_metrics
 from experiments.terminal import is_live, make_console, working
 
 # Steps of a few seconds, evaluations and checkpoints between them.
@@ -41,6 +42,12 @@ SETTINGS = (
 # Share of the steps that count as warm-up: programs are compiled, caches fill.
 WARM_UP = 0.1
 MOST_GROWTH = 0.02
+# Of a step, in the files that grow with every one.
+MOST_BYTES_PER_STEP = {METRICS_FILE: 4096, "tensorboard": 4096}
+# The newest two, the best, and one that is being written.
+MOST_CHECKPOINTS = 4
+# Seconds that a run may take to end.
+PATIENCE = 300.0
 
 
 class SoakError(RuntimeError):
@@ -70,9 +77,26 @@ def soak(
                 running.wait(timeout=min(left, 10.0))
         if running.poll() is None:
             running.send_signal(signal.SIGTERM)
-        code = running.wait(timeout=300)
+        code = _wait(running, workdir / "log")
     if code != 128 + signal.SIGTERM:
         raise SoakError(f"the run ended with exit code {code}; its output is in {workdir / 'log'}")
+
+
+def _wait(running: subprocess.Popen[bytes], log: Path, patience: float = PATIENCE) -> int:
+    """Exit code of a run that is to end; one that does not is killed.
+
+    Raises:
+      SoakError: it had to be.
+    """
+    try:
+        return running.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
+        raise SoakError(
+            f"the run had not ended {patience:.0f} s after SIGTERM, and was killed; its output is "
+            f"in {log}"
+        ) from None
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -93,10 +117,8 @@ def measure(folder: Path) -> dict[str, Any]:
     third = len(resident) // 3
     begin, end = float(resident[:third].mean()), float(resident[-third:].mean())
     compiled = np.array([m["process/compilations"] for m in history])
-    sizes = {
-        name: sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
-        for name in ("checkpoints", "trees", "tensorboard")
-    }
+    checkpoints = [path for path in (folder / "checkpoints").iterdir() if path.is_dir()]
+    sizes = {name: _size(folder / name) for name in ("checkpoints", "trees", "tensorboard")}
     sizes[METRICS_FILE] = (folder / METRICS_FILE).stat().st_size
     return {
         "steps": len(history),
@@ -113,14 +135,32 @@ def measure(folder: Path) -> dict[str, Any]:
         "bytes_per_step": {
             name: round(sizes[name] / len(history)) for name in (METRICS_FILE, "tensorboard")
         },
+        "checkpoints": len(checkpoints),
         "trees": len(list((folder / "trees").iterdir())),
         "skipped_steps": int(history[-1]["step/skipped_total"]),
     }
 
 
-def is_good(measured: dict[str, Any]) -> bool:
-    """Whether nothing grew that must not."""
-    return measured["resident_growth"] <= MOST_GROWTH and not measured["compilations_after"]
+def _size(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def faults(measured: dict[str, Any]) -> list[str]:
+    """What grew that must not; empty where all is well."""
+    found = []
+    if (growth := measured["resident_growth"]) > MOST_GROWTH:
+        found.append(f"the resident set grew by {100 * growth:.1f} %")
+    if compiled := measured["compilations_after"]:
+        found.append(f"{compiled} programs were compiled after warm-up")
+    for name, most in MOST_BYTES_PER_STEP.items():
+        if (per_step := measured["bytes_per_step"][name]) > most:
+            found.append(f"{name} grew by {per_step} bytes a step, more than {most}")
+    if (number := measured["checkpoints"]) > MOST_CHECKPOINTS:
+        found.append(f"{number} checkpoints are kept, more than {MOST_CHECKPOINTS}")
+    if (number := measured["trees"]) > MOST_TREES:
+        found.append(f"{number} files of trees are kept, more than {MOST_TREES}")
+    return found
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -140,7 +180,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.out, text + "\n")
-    if not is_good(measured):
+    if found := faults(measured):
+        print(f"error: {'; '.join(found)}", file=sys.stderr)
         sys.exit(1)
 
 
