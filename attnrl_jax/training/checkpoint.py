@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -39,6 +40,8 @@ ROWS = ("batch", "continued", "following")
 COUNTERS = {f.name for f in fields(LoopState)} - {"train", *ROWS}
 # Beside the checkpoints: those that could not be read.
 DAMAGED = "damaged_checkpoints"
+# Of them, those moved last.
+MOST_DAMAGED = 3
 
 
 class SaveError(RuntimeError):
@@ -301,6 +304,11 @@ class Checkpointer:
         def move() -> None:
             target.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(target)
+            # Their own time is that of their writing; this is when they were found.
+            os.utime(target)
+            there = sorted(target.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            for old in there[:-MOST_DAMAGED]:
+                shutil.rmtree(old)
 
         processes.first_then_all(move)
         self._manager.reload()

@@ -217,6 +217,21 @@ def test_a_bit_of_a_name_is_damage_and_no_other_version(begun, tmp_path, word):
     assert "run/2 is damaged" in told[0]
 
 
+def test_of_damaged_checkpoints_the_newest_few_stay(begun, tmp_path):
+    """A disk that damages again and again must not fill up."""
+    state, template = begun
+    for first in range(0, 4, 2):
+        saved(tmp_path, state, range(first, first + 3), keep=3).close()
+        for step in (first + 1, first + 2):
+            (tmp_path / "run" / str(step) / "loop" / "metadata").write_text("")
+        with closing(Checkpointer(tmp_path / "run", keep=3)) as reader:
+            assert reader.restore(template)[0].step == first
+        (tmp_path / "run" / str(first)).rename(tmp_path / f"aside{first}")
+    # Moved in this order: 2, 1, 4, 3.
+    kept = sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir())
+    assert kept == ["1", "3", "4"]
+
+
 def test_a_checkpoint_is_given_its_score_later(begun, tmp_path):
     """Nothing else of it changes; it is the best at once, and after the folder was left."""
     state, template = begun
