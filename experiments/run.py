@@ -43,7 +43,7 @@ from attnrl_jax.compilation.memory import (
 from attnrl_jax.interruption import InterruptedRunError, Interruption
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sharding import make_meshes
-from attnrl_jax.training.checkpoint import Checkpointer, SaveError
+from attnrl_jax.training.checkpoint import Checkpointer, NotFiniteStateError, SaveError
 from attnrl_jax.training.loop import NotFiniteError
 from attnrl_jax.training.process_metrics import compilations
 from attnrl_jax.training.setup import Setup
@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
         if flag.debug:
             raise
         # A run goes on exactly where it was: numbers and memory will be what they were.
-        repeats = isinstance(error, NotFiniteError | DeviceMemoryError)
+        repeats = isinstance(error, NotFiniteError | NotFiniteStateError | DeviceMemoryError)
         stop(error, isinstance(error, NotFiniteError | SaveError), begun.is_set(), repeats)
     if processes.is_first():
         if not flag.quiet:

@@ -48,6 +48,10 @@ class SaveError(RuntimeError):
     """A checkpoint that could not be written; those before it are as they were."""
 
 
+class NotFiniteStateError(SaveError):
+    """One that nobody should go on from."""
+
+
 class Checkpointer:
     """The checkpoints of one run folder.
 
@@ -101,8 +105,8 @@ class Checkpointer:
           score: by which the best are kept; None is never among them.
 
         Raises:
-          SaveError: this checkpoint, or the one before, could not be written; or the state is not
-            finite, and nobody should go on from it.
+          SaveError: this checkpoint, or the one before, could not be written.
+          NotFiniteStateError: the state is not finite.
         """
         counters = {f.name: getattr(state, f.name) for f in fields(state) if f.name in COUNTERS}
         # Orbax refuses an empty tree, and an on-policy run has no rows in flight. It refuses empty
@@ -114,7 +118,7 @@ class Checkpointer:
         }
         checksums, finite = array_checksums(state.train, "train")
         if not finite:
-            raise SaveError(
+            raise NotFiniteStateError(
                 f"parameters or optimizer state are not finite after step {state.step}, which is "
                 "therefore not saved; the checkpoints before it are as they were"
             )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnrl_jax.training.checkpoint import Checkpointer, CheckpointError, SaveError
+from attnrl_jax.training.checkpoint import Checkpointer, CheckpointError, NotFiniteStateError
 from attnrl_jax.training.checksums import array_checksums, text_checksum
 from attnrl_jax.training.state import init_state
 from tests.training.tiny import fresh_state, run_steps, tiny_setup
@@ -161,7 +161,9 @@ def test_a_state_that_is_not_finite_is_not_saved(begun, tmp_path):
     params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.inf)
     bad = dataclasses.replace(state, step=2, train=state.train.replace(params=params))
     with closing(saved(tmp_path, state, [1])) as writer:
-        with pytest.raises(SaveError, match="not finite after step 2, which is therefore not"):
+        with pytest.raises(
+            NotFiniteStateError, match="not finite after step 2, which is therefore not"
+        ):
             writer.save(bad)
         assert writer.steps() == [1]
 
