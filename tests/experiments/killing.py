@@ -19,7 +19,7 @@ import experiments.run
 from tests.two_processes import SMALL_RUN
 
 COMMAND = (
-    *SMALL_RUN, "--config.steps=36", "--config.num_problems=3", "--config.eval_every=7",
+    *SMALL_RUN, "--config.steps=28", "--config.num_problems=3", "--config.eval_every=7",
     "--config.checkpoint_every=2",
 )  # fmt: skip
 KILLS = 20
@@ -71,7 +71,8 @@ def wait_for(child: int, moment: object) -> bool:
         if moment():
             return True
         time.sleep(0.001)
-    return True
+    os.kill(child, signal.SIGKILL)
+    raise TimeoutError(f"the moment for a kill did not come within {PATIENCE:.0f} s")
 
 
 def kill_at_some_moment(folder: Path, log: Path, kind: int, rng: random.Random) -> bool:
@@ -84,12 +85,12 @@ def kill_at_some_moment(folder: Path, log: Path, kind: int, rng: random.Random) 
     elif kind == 1:
         # The file is written anew when the run goes on, and then grows by a line a step.
         alive = wait_for(child, lambda: written_anew(folder) != before)
-        steps = lines(folder) + rng.randint(1, 5)
+        steps = lines(folder) + rng.randint(1, 3)
         alive = alive and wait_for(child, lambda: lines(folder) >= steps)
-        until = time.monotonic() + rng.uniform(0.0, 1.0)
+        until = time.monotonic() + rng.uniform(0.0, 0.5)
         alive = alive and wait_for(child, lambda: time.monotonic() > until)
     else:
-        saves = len(left) + rng.randint(1, 3)
+        saves = len(left) + rng.randint(1, 2)
 
         def is_saving() -> bool:
             left.update(path.name for path in unfinished_saves(folder))
