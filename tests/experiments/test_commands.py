@@ -66,8 +66,8 @@ def test_a_fault_of_a_library_or_of_the_system_says_what_it_is(capsys):
     assert fault(refuse) == (2, "error: steps must be at least 1\n")
 
 
-MODULES = ("run", "evaluate", "sweep", "pretrain", "data", "soak", "export", "aot", "plot", "view", "bench",
-           "scaling", "aot_table")  # fmt: skip
+MODULES = ("run", "evaluate", "sweep", "pretrain", "data", "soak", "export", "aot", "plot", "view",
+           "bench", "scaling", "aot_table")  # fmt: skip
 # Help of each command in one process: what takes the time is importing jax.
 HELP = """
 import contextlib, importlib, io, json, runpy, sys
