@@ -133,6 +133,13 @@ def test_a_click_shows_the_path_of_a_branch(opened):
     assert parts.count() >= 2
     expect(parts.first).to_contain_text("value 0.33 over 3 leaves, advantage")
     expect(page.locator("#text .line.now")).to_have_count(1)
+    # The curve under the text: a bar for each step, those of the branch are flat.
+    bars = page.locator("#influence rect")
+    expect(bars).to_have_count(lines.count())
+    assert page.locator("#influence rect.none").count() > 0
+    bars.first.dispatch_event("click")
+    expect(page.locator("#text .line.now .number")).to_have_text("1")
+    expect(page.locator("#influence rect.now")).to_have_count(1)
     branch.locator(".steps rect").first.hover()
     expect(page.locator("#tip")).to_contain_text("FCI not computed")
     page.locator(".leaf").first.locator(".steps rect").nth(1).hover()

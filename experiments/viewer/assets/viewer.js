@@ -160,6 +160,7 @@ function showTab(name) {
   state.tab = name;
   for (const one of ["text", "attention"]) {
     by(one).hidden = one !== name;
+    by("influence").style.display = name === "text" ? "" : "none";
     by(`tab-${one}`).setAttribute("aria-selected", one === name);
   }
 }
