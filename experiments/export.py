@@ -64,7 +64,7 @@ def export(
     """
     workdir = Path(workdir)
     check_free(out)
-    folder = _source_folder(workdir, source)
+    folder = source_folder(workdir, source)
     model = read_config(folder)
     with closing(Checkpointer(workdir / "checkpoints", read_only=True)) as checkpointer:
         steps = checkpointer.steps()
@@ -79,12 +79,12 @@ def export(
         if step not in steps:
             there = ", ".join(map(str, steps))
             raise ExportError(f"{workdir} has no checkpoint of step {step}; there are: {there}")
-        params = checkpointer.restore_params(step, _shapes(model))
+        params = checkpointer.restore_params(step, parameter_shapes(model))
     save_folder(out, params, model, source=folder)
     return step
 
 
-def _source_folder(workdir: Path, source: str | Path | None) -> Path:
+def source_folder(workdir: Path, source: str | Path | None) -> Path:
     """The folder a run started from."""
     path = workdir / "config.json"
     if not path.is_file():
@@ -112,7 +112,7 @@ def _source_folder(workdir: Path, source: str | Path | None) -> Path:
     return folder
 
 
-def _shapes(model: ModelConfig) -> Any:
+def parameter_shapes(model: ModelConfig) -> Any:
     """The parameters' tree without their values."""
     return jax.eval_shape(functools.partial(init_params, model), jax.eval_shape(jax.random.key, 0))
 

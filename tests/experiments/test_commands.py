@@ -126,8 +126,8 @@ def test_a_fault_of_a_library_or_of_the_system_says_what_it_is(capsys):
     assert fault(refuse) == (2, "error: steps must be at least 1\n")
 
 
-MODULES = ("run", "evaluate", "sweep", "pretrain", "data", "soak", "export", "aot", "plot", "bench",
-           "scaling", "aot_table")  # fmt: skip
+MODULES = ("run", "evaluate", "sweep", "pretrain", "data", "soak", "export", "aot", "plot", "view",
+           "bench", "scaling", "aot_table")  # fmt: skip
 # Help of each command in one process: what takes the time is importing jax.
 HELP = """
 import contextlib, importlib, io, json, runpy, sys
@@ -172,6 +172,7 @@ ERRORS = {
     "sweep": (["--config=nowhere.py"], 2, "nowhere.py"),
     "export": (["--workdir=nowhere", "--out=there"], 2, "nowhere is no run folder"),
     "data": (["nowhere.jsonl", "--out=there"], 2, "nowhere.jsonl"),
+    "view": (["--workdir=nowhere"], 2, "nowhere is no run folder: it has no config.json"),
     "plot": (["nowhere"], 2, "nowhere is neither the folder of a run nor one that holds some"),
 }
 

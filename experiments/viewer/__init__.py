@@ -1,0 +1,1 @@
+"""The tree viewer: run folders to one page that needs nothing else."""
