@@ -163,9 +163,10 @@ class Session:
                 f"an update of step {report.metrics['step']:.0f} was skipped, because loss or "
                 f"gradient was not finite; its rows are in {path}"
             )
+        if not self.trees or not processes.is_first():
+            return None
         problems = recorded_problems(report, self.setup.task.tokenizer, self.trees)
-        if problems:
-            files.write_trees(int(report.metrics["step"]), problems)
+        files.write_trees(int(report.metrics["step"]), problems)
         return next(filter(has_branches, problems), None)
 
     def _conclude(

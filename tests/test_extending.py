@@ -39,7 +39,7 @@ def files(tmp_path_factory):
 def test_every_kind_of_part_has_a_short_block():
     assert len(BLOCKS) == len(NAMES) + 1
     for block in BLOCKS:
-        assert len([line for line in block.splitlines() if line.strip()]) <= 24
+        assert len([line for line in block.splitlines() if line.strip()]) <= 20
 
 
 @pytest.fixture(scope="module")

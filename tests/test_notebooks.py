@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 
 import nbformat
 import pytest
 
-from tests.notebooks import NOTEBOOKS, execute, without_clutter
+from tests.notebooks import FOLDER, NOTEBOOKS, execute, without_clutter
 
 NAMES = [
     "01_quickstart", "02_attention_compass", "03_compare_methods", "04_your_own_model_and_data"
@@ -21,6 +22,10 @@ def code_cells(notebook):
 
 def test_there_are_four():
     assert [path.stem for path in NOTEBOOKS] == NAMES
+
+
+def test_the_install_script_is_a_script():
+    subprocess.run(["bash", "-n", FOLDER / "colab.sh"], check=True)
 
 
 @pytest.mark.slow
