@@ -55,6 +55,15 @@ def pages(tmp_path_factory):
     long = problem(1, length=8000, step_tokens=40, name=HOSTILE, text=HOSTILE)
     long["leaves"][0]["steps"][0]["text"] = HOSTILE
     view(make_run(folder / "long", {1: [long]}), folder / "long.html")
+    faint = problem(4)
+    for leaf in faint["leaves"]:
+        for step in leaf["steps"]:
+            step["fci"] = step["fci"] and step["fci"] / 4
+    view(
+        make_run(folder / "strong", {1: [problem(4)]}),
+        folder / "scales.html",
+        compare=make_run(folder / "faint", {1: [faint]}),
+    )
     inside = problem(3)
     for leaf in inside["leaves"]:
         if leaf["row"] != leaf["root"]:
@@ -238,6 +247,25 @@ def test_the_same_problem_of_another_run(opened, tmp_path):
     page.locator("#previous").click()
     expect(runs.nth(1).locator("h2")).to_contain_text("grpo, step 2")
     compare(page, "compared", tmp_path)
+
+
+def test_a_colour_says_the_same_in_both_runs(opened):
+    """Each run once had a scale of its own, and the legend was that of one."""
+    page = opened("scales.html")
+    runs = page.locator(".run")
+    expect(runs).to_have_count(2)
+    fills = [
+        run.locator(".leaf")
+        .first.locator(".steps rect")
+        .evaluate_all("all => all.map((one) => [one.__data__.fci, one.getAttribute('fill')])")
+        for run in (runs.first, runs.nth(1))
+    ]
+    for (strong, theirs), (faint, ours) in zip(*fills, strict=True):
+        assert faint == pytest.approx(strong / 4, rel=1e-3)
+        assert ours == page.evaluate(f"colour({faint}, drawings[0].tree.highest)")
+        assert theirs == page.evaluate(f"colour({strong}, drawings[0].tree.highest)")
+    highest = page.evaluate("drawings[0].tree.highest.toFixed(3)")
+    expect(page.locator("#scale-ends")).to_have_text(f"0 to {highest}")
 
 
 def test_a_phone_and_the_dark(opened, tmp_path):

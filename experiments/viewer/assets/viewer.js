@@ -71,8 +71,10 @@ async function showProblem(kept = null) {
   const gold = element("span", "gold", `gold: ${tree.problem.answers.join(" or ")}`);
   by("question").replaceChildren(tree.problem.text, gold);
   by("trees").replaceChildren();
-  drawings = found.map((one, run) => addRun(one, run));
+  // One scale for all: a colour says the same in every run.
   const highest = Math.max(...found.map((one) => one.tree?.highest ?? 0));
+  for (const one of found) if (one.tree) one.tree.scale = highest;
+  drawings = found.map((one, run) => addRun(one, run));
   drawScale(highest, found.some((one) => one.tree?.leaves.some((leaf) => leaf.steps.some((s) => s.fci !== null))));
   state.leaf = null;
   const again = kept && drawings[kept.run]?.tree.order.find((leaf) => leaf.row === kept.row);
