@@ -126,6 +126,14 @@ def test_thirty_leaves_of_eight_thousand_tokens_fit(tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 1.5 * 2**20
 
 
+def test_an_accuracy_that_is_no_number_is_left_out(run, tmp_path):
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 5, "held_out/accuracy": NaN}\n')
+    view(run, tmp_path / "page.html")
+    index = index_of((tmp_path / "page.html").read_text())
+    assert index["runs"][0]["accuracies"][-1] == [4, pytest.approx(0.7)]
+
+
 def test_another_run_of_the_same_problems(tmp_path):
     one = make_run(tmp_path / "one", {1: [problem(1)], 5: [problem(2)]})
     other = make_run(tmp_path / "other", {3: [problem(1, branching=False)]}, method="grpo")
