@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -30,13 +30,21 @@ Attentions = Mapping[tuple[int, int, int], Attention]
 LONGEST_TITLE = 120
 
 
+class Tree(NamedTuple):
+    """A recorded tree: its training step, what the lists say of it, all the rest compressed."""
+
+    step: int
+    about: dict[str, Any]
+    blob: str
+
+
 @dataclass(frozen=True)
 class Page:
     """A page, and what it left out.
 
     Attributes:
       html: the file.
-      shown, recorded: training steps in it, and those that the runs have.
+      shown, recorded: training steps in it, and those that the first run has.
     """
 
     html: str
@@ -51,8 +59,9 @@ def build_page(
 
     Args:
       runs: the first is the one that is looked at.
-      max_bytes: of the page. Where not everything fits, an even subset of the training steps is
-        kept, the first and the last among them.
+      max_bytes: of the page. Where not everything fits, an even subset of the first run's training
+        steps is kept, its first and its last among them. Of the other runs there is what is shown
+        beside those: of each problem the tree of the nearest step.
       attentions: of responses of the first run.
 
     Raises:
@@ -62,16 +71,14 @@ def build_page(
     assets = {name: _asset(name) for name in (*SCRIPTS, *STYLES, "page.html.jinja2")}
     room = max_bytes - sum(len(text.encode()) for text in assets.values())
     packed = [_packed(run, attentions if k == 0 else None) for k, run in enumerate(runs)]
-    every = sorted({step for run in packed for step in run})
-    kept = _that_fit(every, packed, room)
+    kept, trees = _that_fit(packed, room)
     blobs: list[str] = []
     described = []
-    for run, steps in zip(runs, packed, strict=True):
+    for run, shown in zip(runs, trees, strict=True):
         listed = []
-        for step in kept:
-            for about, blob in steps.get(step, ()):
-                listed.append({**about, "step": step, "blob": len(blobs)})
-                blobs.append(blob)
+        for step, about, blob in shown:
+            listed.append({**about, "step": step, "blob": len(blobs)})
+            blobs.append(blob)
         described.append(
             {
                 "name": run.folder.name,
@@ -81,7 +88,7 @@ def build_page(
                 "problems": listed,
             }
         )
-    index = {"runs": described, "shown": len(kept), "recorded": len(every)}
+    index = {"runs": described, "shown": len(kept), "recorded": len(packed[0])}
     script = "\n".join(assets[name] for name in SCRIPTS)
     style = "\n".join(assets[name] for name in STYLES)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -92,7 +99,7 @@ def build_page(
         index=Markup(_json_in_html(index)),
         blobs=blobs,
     )  # fmt: skip
-    return Page(html, len(kept), len(every))
+    return Page(html, len(kept), len(packed[0]))
 
 
 def _asset(name: str) -> str:
@@ -111,11 +118,9 @@ def _json_in_html(value: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _packed(
-    run: Recorded, attentions: Attentions | None
-) -> dict[int, list[tuple[dict[str, Any], str]]]:
-    """Of every step its problems: what the lists say of them, and all the rest compressed."""
-    packed: dict[int, list[tuple[dict[str, Any], str]]] = {}
+def _packed(run: Recorded, attentions: Attentions | None) -> dict[int, list[Tree]]:
+    """Of every step its trees: what the lists say of them, and all the rest compressed."""
+    packed: dict[int, list[Tree]] = {}
     for step, file in run.files.items():
         packed[step] = []
         for number, problem in enumerate(read_step(file)):
@@ -133,9 +138,9 @@ def _packed(
                 for (at, which, row), found in (attentions or {}).items()
                 if (at, which) == (step, number)
             }
-            text = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
-            blob = base64.b64encode(gzip.compress(text, 9, mtime=0)).decode()
-            packed[step].append((about, blob))
+            text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
+            packed_text = gzip.compress(text.encode("utf-8", "replace"), 9, mtime=0)
+            packed[step].append(Tree(step, about, base64.b64encode(packed_text).decode()))
     return packed
 
 
@@ -146,7 +151,8 @@ def _shown(problem: dict[str, Any]) -> dict[str, Any]:
         "value": _short(problem["value"]),
         "leaves": [
             {
-                **{k: leaf[k] for k in ("row", "root", "split", "length", "reward")},
+                **{k: leaf[k] for k in ("row", "root", "split", "length")},
+                "reward": _short(leaf["reward"]),
                 "ended": bool(leaf.get("ended", True)),
                 "trained": bool(leaf.get("trained", True)),
                 "steps": [{**step, "fci": _short(step["fci"])} for step in leaf["steps"]],
@@ -179,35 +185,54 @@ def _short(value: Any) -> Any:
 
 
 def _that_fit(
-    steps: Sequence[int],
-    packed: Sequence[Mapping[int, Sequence[tuple[dict[str, Any], str]]]],
-    room: int,
-) -> list[int]:
-    """As many steps as there is room for, evenly spaced."""
-    # Beside a blob its element, and its line in the index.
-    sizes = {
-        step: sum(
-            len(blob) + len(json.dumps(about)) + 200
-            for run in packed
-            for about, blob in run.get(step, ())
-        )
-        for step in steps
-    }
+    packed: Sequence[Mapping[int, Sequence[Tree]]], room: int
+) -> tuple[list[int], list[list[Tree]]]:
+    """As many steps of the first run as there is room for, evenly spaced, and the trees of each run
+    that are shown with them."""
+    first, *others = packed
+    steps = sorted(first)
+    same = [_by_problem(run) for run in others]
     for count in range(len(steps), 0, -1):
         stride = (len(steps) - 1) / max(count - 1, 1)
-        chosen = sorted(
-            {steps[round(k * stride)] for k in range(count)} if count > 1 else steps[-1:]
+        chosen = [steps[round(k * stride)] for k in range(count)] if count > 1 else steps[-1:]
+        shown = [tree for step in chosen for tree in first[step]]
+        trees = [shown, *(_beside(shown, run) for run in same)]
+        # Beside a blob its element, and its line in the index.
+        size = sum(
+            len(tree.blob) + len(json.dumps(tree.about)) + 200 for run in trees for tree in run
         )
-        if sum(sizes[step] for step in chosen) <= room:
-            return chosen
+        if size <= room:
+            return chosen, trees
     raise ValueError(
-        f"the trees of one step take {min(sizes.values()) / 2**20:.1f} MiB, more than the page has "
-        "room for; raise --max-mb"
+        f"the trees of step {steps[-1]}, with those beside them, take {size / 2**20:.2f} MiB, and "
+        f"the page has room for {max(room, 0) / 2**20:.2f} MiB; raise --max-mb"
     )
+
+
+def _by_problem(run: Mapping[int, Sequence[Tree]]) -> dict[str, list[Tree]]:
+    """Of each problem its trees, by their steps."""
+    found: dict[str, list[Tree]] = {}
+    for step in sorted(run):
+        for tree in run[step]:
+            found.setdefault(tree.about["id"], []).append(tree)
+    return found
+
+
+def _beside(shown: Sequence[Tree], others: Mapping[str, Sequence[Tree]]) -> list[Tree]:
+    """Of another run the trees that the page shows beside these: of the nearest step (of two as
+    near, the earlier)."""
+    nearest = {}
+    for tree in shown:
+        same = others.get(tree.about["id"])
+        if same:
+            found = min(same, key=lambda other, step=tree.step: abs(other.step - step))
+            nearest[found.step, found.about["id"]] = found
+    return [nearest[key] for key in sorted(nearest)]
 
 
 def write_page(page: Page, path: Path) -> None:
     """Writes it; never half."""
     staging = path.with_name(f".{path.name}")
-    staging.write_text(page.html, encoding="utf-8")
+    # Half a surrogate pair, as JSON can have it, is no text that a file can hold.
+    staging.write_text(page.html, encoding="utf-8", errors="replace")
     staging.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class Recorded:
     def accuracies(self) -> list[tuple[int, float]]:
         """Step and accuracy of every held-out evaluation."""
         name = "held_out/accuracy"
-        return [(int(m["step"]), float(m[name])) for m in self.history if name in m]
+        found = [(int(m["step"]), float(m[name])) for m in self.history if name in m]
+        return [(step, accuracy) for step, accuracy in found if math.isfinite(accuracy)]
 
 
 def open_run(folder: str | Path) -> Recorded:

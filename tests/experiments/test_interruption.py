@@ -120,7 +120,7 @@ RUN = (
 
 def wait_for_lines(folder, number, running):
     """Until so many steps are recorded."""
-    path, until = folder / "metrics.jsonl", time.monotonic() + 240
+    path, until = folder / "metrics.jsonl", time.monotonic() + 600
     while not path.exists() or path.read_bytes().count(b"\n") < number:
         assert running.poll() is None
         assert time.monotonic() < until

@@ -126,6 +126,14 @@ def test_thirty_leaves_of_eight_thousand_tokens_fit(tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 1.5 * 2**20
 
 
+def test_an_accuracy_that_is_no_number_is_left_out(run, tmp_path):
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 5, "held_out/accuracy": NaN}\n')
+    view(run, tmp_path / "page.html")
+    index = index_of((tmp_path / "page.html").read_text())
+    assert index["runs"][0]["accuracies"][-1] == [4, pytest.approx(0.7)]
+
+
 def test_another_run_of_the_same_problems(tmp_path):
     one = make_run(tmp_path / "one", {1: [problem(1)], 5: [problem(2)]})
     other = make_run(tmp_path / "other", {3: [problem(1, branching=False)]}, method="grpo")
@@ -134,6 +142,42 @@ def test_another_run_of_the_same_problems(tmp_path):
     assert [run["name"] for run in index["runs"]] == ["one", "other"]
     assert [p["id"] for p in index["runs"][1]["problems"]] == ["problem-1"]
     assert index["runs"][1]["problems"][0]["branches"] == 0
+
+
+def test_what_is_left_out_is_of_the_run_that_is_looked_at(tmp_path):
+    """Steps of the other run alone once took the room, and the page came up empty."""
+    one = make_run(tmp_path / "one", {k: [problem(4, length=800)] for k in (50, 60, 70)})
+    theirs = {k: [problem(4 + k % 2, length=800)] for k in range(1, 100)}
+    other = make_run(tmp_path / "other", theirs)
+    alone = view(one, tmp_path / "page.html", max_bytes=700_000)
+    beside = view(one, tmp_path / "page.html", compare=other, max_bytes=700_000)
+    assert (beside.shown, beside.recorded) == (alone.shown, alone.recorded) == (3, 3)
+    index = index_of((tmp_path / "page.html").read_text())
+    # Of the other run only what stands beside these: problem 4 is that of its even steps.
+    assert [p["step"] for p in index["runs"][1]["problems"]] == [50, 60, 70]
+    least = (tmp_path / "page.html").stat().st_size - 40_000
+    assert view(one, tmp_path / "page.html", compare=other, max_bytes=least).shown == 2
+    index = index_of((tmp_path / "page.html").read_text())
+    for run in index["runs"]:
+        assert [p["step"] for p in run["problems"]] == [50, 70]
+
+
+def test_numbers_and_letters_that_no_file_holds(tmp_path):
+    """A reward that is not finite, half a surrogate pair: the page was not written, or was empty.
+
+    What the browser parses is JSON without NaN, in UTF-8.
+    """
+    made = problem(1, text="half a pair: \ud800")
+    made["leaves"][0]["reward"] = float("nan")
+    made["leaves"][0]["segments"][0]["value"] = float("inf")
+    made["leaves"][0]["steps"][0]["text"] = "\udfff."
+    view(make_run(tmp_path / "run", {1: [made]}), tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    leaf = unpacked(html, 0)["leaves"][0]
+    assert leaf["reward"] is None
+    assert leaf["segments"][0]["value"] is None
+    assert leaf["steps"][0]["text"] == "?."
+    assert index_of(html)["runs"][0]["problems"][0]["text"] == "half a pair: ?"
 
 
 def test_what_is_no_run_is_refused_by_name(run, tmp_path):

@@ -55,6 +55,24 @@ def pages(tmp_path_factory):
     long = problem(1, length=8000, step_tokens=40, name=HOSTILE, text=HOSTILE)
     long["leaves"][0]["steps"][0]["text"] = HOSTILE
     view(make_run(folder / "long", {1: [long]}), folder / "long.html")
+    faint = problem(4)
+    for leaf in faint["leaves"]:
+        for step in leaf["steps"]:
+            step["fci"] = step["fci"] and step["fci"] / 4
+    view(
+        make_run(folder / "strong", {1: [problem(4)]}),
+        folder / "scales.html",
+        compare=make_run(folder / "faint", {1: [faint]}),
+    )
+    inside = problem(3)
+    for leaf in inside["leaves"]:
+        if leaf["row"] != leaf["root"]:
+            # As entropy branching has it: the first step of a continuation is one of its root's.
+            root = inside["leaves"][leaf["root"]]
+            [cut] = [step for step in root["steps"] if step["end"] == leaf["split"]]
+            leaf["split"] -= 1
+            leaf["steps"][0]["start"] = cut["start"]
+    view(make_run(folder / "inside", {1: [inside]}), folder / "inside.html")
     return folder
 
 
@@ -174,6 +192,45 @@ def test_keys_do_what_the_mouse_does(opened):
     expect(page.locator("#text")).to_be_hidden()
 
 
+def test_a_branch_inside_a_step_is_marked_in_the_text(opened):
+    page = opened("inside.html")
+    # The chosen response branches twice; each mark lies inside a step.
+    expect(page.locator("#text .line.branch")).to_have_count(2)
+    page.keyboard.press("j")
+    expect(page.locator("#chosen")).to_contain_text("branch 1.1")
+    expect(page.locator("#text .line.branch")).to_have_count(1)
+    expect(page.locator("#influence rect.branch")).to_have_count(1)
+
+
+def test_what_is_chosen_stays_when_the_window_changes(opened):
+    """A phone's bars come and go as it scrolls, which once went back to the first response."""
+    page = opened("compared.html")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#chosen")).to_contain_text("branch 1.2")
+    expect(page.locator("#tip")).to_be_visible()
+    drawn = page.locator(".run svg").first.element_handle()
+    page.set_viewport_size({**DESKTOP, "height": 700})
+    page.wait_for_timeout(400)
+    assert drawn.evaluate("svg => svg.isConnected")
+    page.set_viewport_size({**DESKTOP, "width": 1000})
+    page.wait_for_function("svg => !svg.isConnected", arg=drawn)
+    expect(page.locator("#chosen")).to_contain_text("branch 1.2")
+    expect(page.locator(".leaf.chosen")).to_have_count(1)
+    expect(page.locator("#text .line.now .number")).to_have_text("1")
+    # What the pointer or a key asked about is gone with the drawing.
+    expect(page.locator("#tip")).to_be_hidden()
+
+
+def test_the_only_problem_stays_chosen(opened):
+    page = opened("long.html")
+    drawn = page.locator(".run svg").first.element_handle()
+    page.keyboard.press("n")
+    page.wait_for_function("svg => !svg.isConnected", arg=drawn)
+    expect(page.locator(".leaf.chosen")).to_have_count(1)
+
+
 def test_the_same_problem_of_another_run(opened, tmp_path):
     page = opened("compared.html")
     page.locator("#step").select_option("4")
@@ -190,6 +247,25 @@ def test_the_same_problem_of_another_run(opened, tmp_path):
     page.locator("#previous").click()
     expect(runs.nth(1).locator("h2")).to_contain_text("grpo, step 2")
     compare(page, "compared", tmp_path)
+
+
+def test_a_colour_says_the_same_in_both_runs(opened):
+    """Each run once had a scale of its own, and the legend was that of one."""
+    page = opened("scales.html")
+    runs = page.locator(".run")
+    expect(runs).to_have_count(2)
+    fills = [
+        run.locator(".leaf")
+        .first.locator(".steps rect")
+        .evaluate_all("all => all.map((one) => [one.__data__.fci, one.getAttribute('fill')])")
+        for run in (runs.first, runs.nth(1))
+    ]
+    for (strong, theirs), (faint, ours) in zip(*fills, strict=True):
+        assert faint == pytest.approx(strong / 4, rel=1e-3)
+        assert ours == page.evaluate(f"colour({faint}, drawings[0].tree.highest)")
+        assert theirs == page.evaluate(f"colour({strong}, drawings[0].tree.highest)")
+    highest = page.evaluate("drawings[0].tree.highest.toFixed(3)")
+    expect(page.locator("#scale-ends")).to_have_text(f"0 to {highest}")
 
 
 def test_a_phone_and_the_dark(opened, tmp_path):

@@ -4,14 +4,14 @@
 const LINES_AT_ONCE = 200;
 
 // FCI of the whole path under its text: a bar for each step; steps of which it is not known are flat.
-function drawInfluence(steps, splits, tree, onStep) {
+function drawInfluence(steps, isBranch, tree, onStep) {
   const svg = d3.select("#influence").attr("viewBox", `0 0 ${Math.max(steps.length, 1)} 1`);
-  const height = (step) => (step.fci === null || !tree.highest ? 0.04 : Math.max(step.fci / tree.highest, 0.01));
+  const height = (step) => (step.fci === null || !tree.scale ? 0.04 : Math.max(step.fci / tree.scale, 0.01));
   svg.selectAll("rect").data(steps).join("rect")
     .attr("x", (step, k) => k + 0.08).attr("width", 0.84)
     .attr("y", (step) => 1 - height(step)).attr("height", height)
     .classed("none", (step) => step.fci === null)
-    .classed("branch", (step) => splits.has(step.start))
+    .classed("branch", isBranch)
     .on("click", (event, step) => onStep(steps.indexOf(step)));
   return (index) => svg.selectAll("rect").classed("now", (step, k) => k === index);
 }
@@ -19,8 +19,10 @@ function drawInfluence(steps, splits, tree, onStep) {
 function showPath(box, leaf, tree, chosenStep, onStep) {
   const steps = pathOf(leaf);
   const lines = new Map();
-  const splits = new Set(leaf.parent ? [leaf.split] : leaf.branches);
-  const markInfluence = drawInfluence(steps, splits, tree, onStep);
+  // A branch may lie inside a step: entropy branches at any token.
+  const splits = leaf.parent ? [leaf.split] : leaf.branches;
+  const isBranch = (step) => splits.some((split) => step.start <= split && split < step.end);
+  const markInfluence = drawInfluence(steps, isBranch, tree, onStep);
   let shown = 0;
   let part = null;
   box.replaceChildren();
@@ -38,13 +40,13 @@ function showPath(box, leaf, tree, chosenStep, onStep) {
     const line = element("div", "line");
     line.append(element("span", "number", String(index + 1)));
     const meter = element("span", "meter", step.fci === null ? "" : number(step.fci));
-    if (step.fci !== null && tree.highest > 0) {
+    if (step.fci !== null && tree.scale > 0) {
       const bar = element("i");
-      bar.style.width = `${Math.round(100 * step.fci / tree.highest)}%`;
+      bar.style.width = `${Math.round(100 * step.fci / tree.scale)}%`;
       meter.prepend(bar);
     }
     line.append(meter, element("span", "words", step.text));
-    line.classList.toggle("branch", splits.has(step.start));
+    line.classList.toggle("branch", isBranch(step));
     line.addEventListener("click", () => onStep(index));
     lines.set(index, line);
     more.before(line);

@@ -74,7 +74,7 @@ function drawLeaf(svg, leaf, y, x, tree, on) {
     const drawn = strip.append("rect").attr("x", x(bin.from)).attr("height", STRIP)
       .attr("width", Math.max(wide - (wide > 5 ? 1 : 0), 0.5)).datum(bin);
     if (bin.fci === null) drawn.attr("class", "unknown");
-    else drawn.attr("fill", colour(bin.fci, tree.highest));
+    else drawn.attr("fill", colour(bin.fci, tree.scale));
   }
   strip.selectAll("rect").on("pointermove", (event, bin) => on.hover(leaf, bin.index, event))
     .on("pointerleave", () => on.leave());

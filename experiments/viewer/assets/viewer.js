@@ -58,21 +58,29 @@ function inRun(run) {
   return d3.least(same, (problem) => Math.abs(problem.step - state.step));
 }
 
-async function showProblem() {
+// `kept`: what was chosen before, where the same is drawn again.
+async function showProblem(kept = null) {
   const mine = ++turn;
   const found = await Promise.all(INDEX.runs.map(async (run) => {
     const entry = inRun(run);
     return { run, entry, tree: entry && (await unpack(entry.blob)) };
   }));
   if (mine !== turn) return;
+  tip.hide();
   const tree = found[0].tree;
   const gold = element("span", "gold", `gold: ${tree.problem.answers.join(" or ")}`);
   by("question").replaceChildren(tree.problem.text, gold);
   by("trees").replaceChildren();
-  drawings = found.map((one, run) => addRun(one, run));
+  // One scale for all: a colour says the same in every run.
   const highest = Math.max(...found.map((one) => one.tree?.highest ?? 0));
+  for (const one of found) if (one.tree) one.tree.scale = highest;
+  drawings = found.map((one, run) => addRun(one, run));
   drawScale(highest, found.some((one) => one.tree?.leaves.some((leaf) => leaf.steps.some((s) => s.fci !== null))));
-  choose(0, tree.order.find((leaf) => leaf.branches?.length) ?? tree.order[0]);
+  state.leaf = null;
+  const again = kept && drawings[kept.run]?.tree.order.find((leaf) => leaf.row === kept.row);
+  if (!again) return choose(0, tree.order.find((leaf) => leaf.branches?.length) ?? tree.order[0]);
+  Object.assign(state, { run: kept.run, leaf: again, at: kept.at });
+  showChosen(true);
 }
 
 function addRun({ run, entry, tree }, number_) {
@@ -136,6 +144,7 @@ function moveLeaf(by_) {
   const all = drawings.flatMap((drawing, run) => (drawing ? drawing.tree.order.map((leaf) => ({ run, leaf })) : []));
   const now = all.findIndex((one) => one.run === state.run && one.leaf === state.leaf);
   const next = all[Math.max(0, Math.min(now + by_, all.length - 1))];
+  tip.hide();
   choose(next.run, next.leaf);
   drawings[next.run].svg.select(".leaf.chosen").node().focus({ preventScroll: false });
 }
@@ -220,12 +229,15 @@ document.addEventListener("keydown", (event) => {
 let resized = 0;
 function redraw() {
   clearTimeout(resized);
-  resized = setTimeout(() => {
-    state.leaf = null;
-    showProblem();
-  }, 150);
+  resized = setTimeout(() => showProblem(state.leaf && { run: state.run, row: state.leaf.row, at: state.at }), 150);
 }
-addEventListener("resize", redraw);
+// A phone's bars come and go while it is scrolled: only the width matters to what is drawn.
+let width = innerWidth;
+addEventListener("resize", () => {
+  if (innerWidth === width) return;
+  width = innerWidth;
+  redraw();
+});
 isDark.addEventListener("change", redraw);
 describe();
 drawCurve();
