@@ -74,5 +74,5 @@ def plot_attention(seen: Look) -> Any:
 def _label(step: int, text: str) -> str:
     if step == 0:
         return "prompt"
-    line = " ".join(text.split()).replace("$", r"\$")
+    line = " ".join(text.split())
     return f"{line[:LONGEST_LABEL]}{'...' if len(line) > LONGEST_LABEL else ''}  {step}"

@@ -58,7 +58,10 @@ def _is_told(error: Exception) -> bool:
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    raised_here = place is None or ROOT in Path(place.tb_frame.f_code.co_filename).parents
+    own = (ROOT / "attnrl_jax", ROOT / "experiments")
+    # Neither a virtual environment nor a file of the user's in the project's folder.
+    file = Path(place.tb_frame.f_code.co_filename) if place is not None else None
+    raised_here = file is None or any(folder in file.parents for folder in own)
     return type(error) is ValueError and raised_here
 
 

@@ -34,7 +34,7 @@ from attnrl_jax.training.loop import StepReport
 from attnrl_jax.training.rollout import tree_advantages
 from attnrl_jax.training.state import TrainConfig
 from experiments.tasks import Policy, shipped_policy
-from experiments.trees import recorded_problems
+from experiments.trees import is_right, recorded_problems
 
 # Sequences are padded to multiples of it, so that few programs are compiled.
 MULTIPLE = 128
@@ -284,7 +284,7 @@ def advantage_table(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "leaf": leaf["row"],
-            "right": leaf["reward"] >= 0.5,
+            "right": is_right(leaf),
             "tokens": f"{segment['start']}-{segment['end']}",
             "V": round(segment["value"], 3),
             "L": segment["leaves"],

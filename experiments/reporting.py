@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.tree import Tree
 
+from experiments.trees import is_right
+
 
 def draw_tree(tree: dict[str, Any]) -> Tree:
     """A recorded problem (`experiments.trees`) for the terminal: one branched response, its steps'
@@ -16,19 +18,21 @@ def draw_tree(tree: dict[str, Any]) -> Tree:
     for leaf in tree["leaves"]:
         if leaf["root"] != leaf["row"]:
             children.setdefault(leaf["root"], []).append(leaf)
-    roots = [leaf for leaf in tree["leaves"] if leaf["row"] in children]
+    initial = [leaf for leaf in tree["leaves"] if leaf["row"] == leaf["root"]]
+    roots = [leaf for leaf in initial if leaf["row"] in children]
     drawn = Tree(
         f"[bold]{_escape(tree['problem']['text'])}[/bold]\n"
         f"gold {_escape(', '.join(tree['problem']['answers']))}, value of the problem "
         f"{tree['value']:.2f}, {len(tree['leaves'])} leaves; one response of {len(roots)} that "
         "branch, FCI before each step (branches never start at the first):"
     )
-    root = max(roots, key=lambda leaf: len({c["reward"] for c in children[leaf["row"]]}))
+    branches = {leaf["row"]: children.get(leaf["row"], []) for leaf in initial}
+    root = max(roots or initial, key=lambda leaf: len({c["reward"] for c in branches[leaf["row"]]}))
     ends = [*(step["start"] for step in root["steps"][1:]), float("inf")]
     for step, end in zip(root["steps"], ends, strict=True):
         fci = "     -" if step["fci"] is None else f"{step['fci']:6.3f}"
         node = drawn.add(f"{fci}  {_escape(step['text'])}")
-        for child in children[root["row"]]:
+        for child in branches[root["row"]]:
             # Entropy branches inside steps: what is shown begins with the step it changes.
             if step["start"] <= child["split"] < end:
                 text = " | ".join(s["text"] for s in child["steps"] if s["start"] >= step["start"])
@@ -39,7 +43,7 @@ def draw_tree(tree: dict[str, Any]) -> Tree:
 
 
 def _verdict(leaf: dict[str, Any]) -> str:
-    return "✓ right" if leaf["reward"] > 0 else "✗ wrong"
+    return "✓ right" if is_right(leaf) else "✗ wrong"
 
 
 def _escape(text: str) -> str:

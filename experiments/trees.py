@@ -60,13 +60,20 @@ def _recorded(report: StepReport, tokenizer: Tokenizer, problem: int) -> dict[st
     # Methods that do not need it do not compute it.
     has_fci = bool(rows.fci.any())
     recorded = []
+    # Where the steps of each initial response begin; these come first.
+    cuts: dict[int, set[int]] = {}
     for k, row in enumerate(members):
         prompt, split = int(rows.prompt_length[k]), int(rows.split[k])
         is_initial = bool(rows.root[k] == row)
+        if is_initial:
+            cuts[int(row)] = {int(start) - prompt for start in starts[k]}
+        # Steps that both have in common end where both have a cut, up to the branch.
+        own = [int(start) - prompt for start in starts[k, 1:]]
+        begin = max((x for x in own if x <= split and x in cuts[int(rows.root[k])]), default=0)
         steps = []
         for step in range(1, int(rows.step_ids[k].max()) + 1):
             start, end = int(starts[k, step]), int(ends[k, step])
-            if not is_initial and end - prompt <= split:
+            if start - prompt < begin:
                 continue
             steps.append(
                 {
@@ -110,6 +117,11 @@ def _recorded(report: StepReport, tokenizer: Tokenizer, problem: int) -> dict[st
         "value": float(report.segments.root_value[members[0]]),
         "leaves": recorded,
     }
+
+
+def is_right(leaf: dict[str, Any]) -> bool:
+    """Whether a recorded leaf counts as right, as it does in the expansion by difficulty."""
+    return leaf["reward"] >= 0.5
 
 
 def has_branches(problem: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from experiments import commands
 from experiments.terminal import make_console, working
 from experiments.viewer.attention import Attention, attention_of
 from experiments.viewer.page import Page, build_page, write_page
-from experiments.viewer.recorded import open_run
+from experiments.viewer.recorded import ViewError, open_run
 
 MIB = 2**20
 
@@ -66,6 +66,9 @@ def serve(path: Path, port: int) -> http.server.ThreadingHTTPServer:
 
     Returns:
       the server, bound and not yet serving.
+
+    Raises:
+      ViewError: the port is taken.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -83,7 +86,32 @@ def serve(path: Path, port: int) -> http.server.ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             pass
 
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    try:
+        return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise ViewError(f"port {port} cannot be had ({error.strerror}); give another") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number from 0 on; got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 65535; got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0; got {text!r}")
+    return size
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -120,18 +148,18 @@ def command(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--attention",
-        type=int,
+        type=_count,
         default=0,
         metavar="N",
         help="compute attention between steps for the newest N training steps, by the parameters "
         "of the newest checkpoint (default: 0)",
     )
     parser.add_argument(
-        "--max-mb", type=float, default=20.0, metavar="MB", help="size of the file, at most, MiB "
+        "--max-mb", type=_size, default=20.0, metavar="MB", help="size of the file, at most, MiB "
         "(default: 20); where more was recorded, an even subset of the steps is shown",
     )  # fmt: skip
     parser.add_argument("--serve", action="store_true", help="serve the page on this machine")
-    parser.add_argument("--port", type=int, default=0, help="of --serve (default: a free one)")
+    parser.add_argument("--port", type=_port, default=0, help="of --serve (default: a free one)")
     arguments = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     # The accelerator may be at work for the run.

@@ -113,7 +113,7 @@ class BranchRule(Protocol):
 def check_positions(
     positions: BranchPositions, length: Int[np.ndarray, "response"], num_positions: int
 ) -> None:
-    """Refuses branch positions that are none.
+    """Refuses what a rule of the user's returns where it is no positions.
 
     Args:
       positions: as a rule chose them.
@@ -121,14 +121,26 @@ def check_positions(
       num_positions: branch positions of a response, at most.
 
     Raises:
-      ValueError: an array of another shape, or a position at the first token or outside.
+      ValueError: no `BranchPositions`, an array of another shape or type, a position at the first
+        token or outside, or one twice.
     """
+    if not isinstance(positions, BranchPositions):
+        raise ValueError(
+            f"the branching rule returned {type(positions).__name__}; it must return "
+            "BranchPositions (branching.selection.best_step_positions makes them of scores)"
+        )
     shape = (len(length), num_positions)
     for name, x in vars(positions).items():
-        if np.shape(x) != shape:
+        if not isinstance(x, np.ndarray) or x.shape != shape:
             raise ValueError(
-                f"the branching rule returned {name} of shape {list(np.shape(x))}; it must be "
-                f"{list(shape)} (responses, num_positions)"
+                f"the branching rule returned {name} of shape {list(np.shape(x))}; it must be an "
+                f"array of {list(shape)} (responses, num_positions)"
+            )
+        kind = np.bool_ if name in ("by_importance", "valid") else np.integer
+        if not np.issubdtype(x.dtype, kind):
+            raise ValueError(
+                f"the branching rule returned {name} of type {x.dtype}; it must be "
+                f"{'bool' if kind is np.bool_ else 'an integer'}"
             )
     outside = positions.valid & ((positions.offsets < 1) | (positions.offsets >= length[:, None]))
     if outside.any():
@@ -137,3 +149,8 @@ def check_positions(
             f"the branching rule chose offset {positions.offsets[row, column]} of a response of "
             f"{length[row]} tokens; a branch keeps at least one token and leaves at least one"
         )
+    for offsets, valid in zip(positions.offsets, positions.valid, strict=True):
+        chosen = offsets[valid].tolist()
+        if len({*chosen}) < len(chosen):
+            # Their continuations would be the same, and count twice.
+            raise ValueError(f"the branching rule chose an offset twice in one response: {chosen}")

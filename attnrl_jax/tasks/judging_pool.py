@@ -158,6 +158,9 @@ class PooledJudge:
         failed.set_exception(RuntimeError("the pool of judging workers does not start"))
         return failed
 
+    def on_verdicts(self, counts: JudgeCounts) -> None:
+        """Called with the counts of answers whose verdicts are asked for; may raise."""
+
     def on_lost(self, error: BaseException) -> None:
         """Called with what an answer was lost to, in a thread of the pool."""
 
@@ -231,7 +234,9 @@ class _Asked:
                 kind, reward = _outcome_of(outcome)
             rewards[row] = reward
             counts[kind] += 1
-        return Verdicts(rewards, JudgeCounts(**counts))
+        found = JudgeCounts(**counts)
+        self._judge.on_verdicts(found)
+        return Verdicts(rewards, found)
 
     def _wait(self) -> None:
         self._judge._wait([o for o in self._outcomes if isinstance(o, concurrent.futures.Future)])

@@ -10,19 +10,23 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from attnrl_jax.tasks.judging_pool import PooledJudge, Reading
-from attnrl_jax.tasks.verdicts import JudgeConfig
+from attnrl_jax.tasks.verdicts import JudgeConfig, JudgeCounts
 
 logger = logging.getLogger(__name__)
 
 # From the text of a response and the golds of its problem to a reward in 0 .. 1. In AttnRL's
 # expansion by difficulty a response of at least one half counts as right.
 RewardFunction = Callable[[str, tuple[str, ...]], float]
+
+# So many answers without one that was rewarded say that the function is wrong, not the answers.
+MOST_FAILURES = 32
 
 # The function of this worker, once it has started.
 _function: RewardFunction | None = None
@@ -35,8 +39,9 @@ class RewardError(ValueError):
 class RewardJudge(PooledJudge):
     """Rewards responses by a function, in worker processes.
 
-    An answer on which the function fails is counted as lost and gets 0; the first failure of each
-    kind is shown with its traceback.
+    An answer on which the function fails, or takes too long, is counted as lost and gets 0; the
+    first failure of each kind is shown. A function that fails on the first `MOST_FAILURES` answers
+    and on no other ends what asks.
 
     Args:
       function: from (response text, golds) to a reward in 0 .. 1. Nothing that it prints is seen.
@@ -57,18 +62,36 @@ class RewardJudge(PooledJudge):
                 f"the reward function {function!r} cannot be sent to worker processes: {error}"
             ) from error
         self._shown: set[str] = set()
+        self._last, self._answered, self._lost = "", 0, 0
         super().__init__(
             config or JudgeConfig(), _ask_always, _reward, functools.partial(_receive, sent)
         )
 
     def on_lost(self, error: BaseException) -> None:
         """Shows an error of the function once."""
-        if not isinstance(error, RewardError):
+        if isinstance(error, RewardError):
+            said = str(error)
+        elif isinstance(error, TimeoutError):
+            said = (
+                f"it took longer than judging.timeout_seconds ({self.config.timeout_seconds:g} s)"
+            )
+        elif hasattr(error, "exitcode"):  # pebble's ProcessExpired
+            said = f"its process ended (exit code {error.exitcode})"
+        else:
             return
-        kind = str(error).rpartition("\n")[2]
+        self._last = kind = said.rpartition("\n")[2]
         if kind not in self._shown and len(self._shown) < 10:
             self._shown.add(kind)
-            logger.warning("the reward function failed; the answer gets 0: %s", error)
+            logger.warning("the reward function failed; the answer gets 0: %s", said)
+
+    def on_verdicts(self, counts: JudgeCounts) -> None:
+        """Ends what asks where the function has never worked."""
+        self._answered += counts.verified
+        self._lost += counts.timeouts + counts.failures
+        if self._answered == 0 and self._lost >= MOST_FAILURES:
+            raise RewardError(
+                f"the reward function failed on all of the first {self._lost} answers: {self._last}"
+            )
 
 
 def send_by_value(module: ModuleType) -> None:
@@ -87,6 +110,10 @@ def _receive(sent: bytes) -> None:
     import cloudpickle
 
     global _function
+    # What it prints would run through what the program shows.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     try:
         _function = cloudpickle.loads(sent)
     except Exception:

@@ -140,7 +140,8 @@ def plan_branches(
         first_after_think=after_think,
         rng=rng,
     )
-    check_positions(found, rows.length - rows.prompt_length, config.branching.num_positions)
+    if config.branching.rule == "custom":
+        check_positions(found, rows.length - rows.prompt_length, config.branching.num_positions)
     num_steps = np.asarray(count_steps(rows.step_ids))
     responses = (int(share.sum()), len(initial.problem) // num_problems)
     level = attention_level(fci.reshape(*responses, fci.shape[-1]), num_steps.reshape(responses))

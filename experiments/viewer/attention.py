@@ -19,6 +19,8 @@ from attnrl_jax.training.checkpoint import Checkpointer
 from experiments.export import parameter_shapes, source_folder
 from experiments.viewer.recorded import Recorded, ViewError, read_step
 
+# Of longer ones a map could not be read, and would be most of the page.
+MOST_RANGES = 512
 # Responses of a problem: attention is looked at one by one, and is most of a page.
 MOST_RESPONSES = 2
 
@@ -42,7 +44,8 @@ def attention_of(run: Recorded, newest: int) -> Iterator[tuple[tuple[int, int, i
     Args:
       run: whose trees and checkpoints.
       newest: so many steps; of each the first problem, and of that `MOST_RESPONSES` initial
-        responses, those that branched first.
+        responses, those that branched first. Responses of `MOST_RANGES` steps or more are left
+        out.
 
     Yields:
       (training step, number of the problem, row) and the attention.
@@ -73,7 +76,9 @@ def _responses(problem: dict[str, Any]) -> list[dict[str, Any]]:
     initial = [
         leaf
         for leaf in problem["leaves"]
-        if leaf["row"] == leaf["root"] and leaf.get("tokens") and leaf["steps"]
+        if leaf["row"] == leaf["root"]
+        and leaf.get("tokens")
+        and 0 < len(leaf["steps"]) < MOST_RANGES
     ]
     return sorted(initial, key=lambda leaf: leaf["row"] not in branched)[:MOST_RESPONSES]
 

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from experiments.trees import is_right
 from experiments.viewer.attention import Attention
-from experiments.viewer.recorded import Recorded, read_step
+from experiments.viewer.recorded import Recorded, ViewError, read_step
 
 SCRIPTS = ("d3.min.js", "unpack.js", "tree.js", "path.js", "heat_map.js", "viewer.js")
 STYLES = ("viewer.css",)
@@ -129,7 +130,7 @@ def _packed(run: Recorded, attentions: Attentions | None) -> dict[int, list[Tree
                 "id": problem["problem"]["id"],
                 "text": problem["problem"]["text"][:LONGEST_TITLE],
                 "leaves": len(leaves),
-                "right": sum(leaf["reward"] >= 0.5 for leaf in leaves),
+                "right": sum(is_right(leaf) for leaf in leaves),
                 "branches": sum(leaf["row"] != leaf["root"] for leaf in leaves),
             }
             whole = _shown(problem)
@@ -232,6 +233,9 @@ def _beside(shown: Sequence[Tree], others: Mapping[str, Sequence[Tree]]) -> list
 
 def write_page(page: Page, path: Path) -> None:
     """Writes it; never half."""
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ViewError(f"{path} {wrong}; give a file as --out")
     staging = path.with_name(f".{path.name}")
     # Half a surrogate pair, as JSON can have it, is no text that a file can hold.
     staging.write_text(page.html, encoding="utf-8", errors="replace")

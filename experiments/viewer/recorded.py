@@ -80,7 +80,7 @@ def read_step(file: Path) -> list[dict[str, Any]]:
             raise TypeError("it has no list of problems; runs of earlier versions are not shown")
         for problem in recorded["problems"]:
             _check(problem)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ViewError(f"{file} cannot be shown: {_said(error)}") from error
     return recorded["problems"]
 

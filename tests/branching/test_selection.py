@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -319,6 +320,17 @@ def test_what_a_rule_returns_is_checked():
     check_positions(good, np.full(len(FCI), 5), 2)
     with pytest.raises(ValueError, match=r"offsets of shape .* must be \[\d+, 3\]"):
         check_positions(good, np.full(len(FCI), 5), 3)
+    with pytest.raises(ValueError, match="returned NoneType; it must return BranchPositions"):
+        check_positions(None, np.full(len(FCI), 5), 2)
+    wrong = dataclasses.replace(good, offsets=good.offsets.astype(float))
+    with pytest.raises(ValueError, match="offsets of type float64; it must be an integer"):
+        check_positions(wrong, np.full(len(FCI), 5), 2)
+    wrong = dataclasses.replace(good, valid=good.valid.astype(int))
+    with pytest.raises(ValueError, match="valid of type int64; it must be bool"):
+        check_positions(wrong, np.full(len(FCI), 5), 2)
+    twice = np.array([[2, 2]], np.int32)
+    with pytest.raises(ValueError, match=r"an offset twice in one response: \[2, 2\]"):
+        check_positions(BranchPositions(twice, twice, twice < 0, twice > 0), np.array([5]), 2)
     for offset in (0, 5):
         one = np.array([[offset]], np.int32)
         wrong = BranchPositions(one, one, one < 0, one >= 0)

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from attnrl_jax.branching.positions import BranchingConfig
 from attnrl_jax.sampling.sampler import Response
@@ -21,6 +22,7 @@ from experiments.compass import (
     respond,
     tree_by_hand,
 )
+from experiments.reporting import draw_tree
 from experiments.trees import has_branches, read_problems
 
 PROBLEM = Problem("chain", "h= 9 j= 1 i= 4 c: j + h f: c - i k: f + c ? k", ("6",))
@@ -89,6 +91,17 @@ def test_a_tree_by_hand_has_the_values_of_its_leaves(policy, seen):
     expected = ((shared - right / 2) + (shared - right / 2)) / np.sqrt(3)
     assert rows[0]["advantage"] == pytest.approx(expected, abs=1e-3)
     assert rows[-1]["advantage"] == pytest.approx((right - right / 2) + (right - shared), abs=1e-3)
+
+
+def test_a_tree_without_branches_and_with_parts_of_rewards_is_drawn(seen):
+    """Bugs: it had no response to show; a tenth of a reward was right."""
+    tree = tree_by_hand(PROBLEM, seen, [], {}, ExactJudge())
+    assert not has_branches(tree)
+    for reward, verdict in ((0.1, "✗ wrong this response"), (0.5, "✓ right this response")):
+        tree["leaves"][0]["reward"] = reward
+        console = Console(file=io.StringIO(), width=100)
+        console.print(draw_tree(tree))
+        assert verdict in console.file.getvalue()
 
 
 def test_what_a_notebook_shows(policy, seen):

@@ -203,6 +203,25 @@ def test_what_is_no_run_is_refused_by_name(run, tmp_path):
         open_run(run)
 
 
+def test_arguments_that_make_no_sense_are_refused(run, tmp_path, capsys):
+    for argument, message in (
+        ("--attention=-1", "a number from 0 on"),
+        ("--max-mb=nan", "a number above 0"),
+        ("--port=99999", "a number from 0 to 65535"),
+        (f"--out={tmp_path}", "is a folder; give a file as --out"),
+        (f"--out={tmp_path}/nowhere/page.html", "in a folder that does not exist"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command([f"--workdir={run}", argument])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+    view(run, tmp_path / "page.html")
+    with serve(tmp_path / "page.html", 0) as server:
+        taken = server.server_address[1]
+        with pytest.raises(ViewError, match=f"port {taken} cannot be had .*; give another"):
+            serve(tmp_path / "page.html", taken)
+
+
 def test_it_is_served_to_this_machine_alone(run, tmp_path):
     view(run, tmp_path / "page.html")
     with serve(tmp_path / "page.html", 0) as server:

@@ -265,7 +265,7 @@ def test_a_colour_says_the_same_in_both_runs(opened):
         assert ours == page.evaluate(f"colour({faint}, drawings[0].tree.highest)")
         assert theirs == page.evaluate(f"colour({strong}, drawings[0].tree.highest)")
     highest = page.evaluate("drawings[0].tree.highest.toFixed(3)")
-    expect(page.locator("#scale-ends")).to_have_text(f"0 to {highest}")
+    expect(page.locator("#scale-ends")).to_have_text(f"0 to {highest} and above")
 
 
 def test_a_phone_and_the_dark(opened, tmp_path):

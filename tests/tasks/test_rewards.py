@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from attnrl_jax.tasks.rewards import RewardJudge
+from attnrl_jax.tasks.rewards import MOST_FAILURES, RewardError, RewardJudge
 from attnrl_jax.tasks.verdicts import JudgeConfig
 
 LIMITS = JudgeConfig(workers=1, timeout_seconds=3.0)
@@ -55,6 +55,40 @@ def test_a_function_that_fails_costs_the_answer_alone(caplog):
     assert caplog.text.count("KeyError: 'raises'") == 1
     assert "it returned 2.0; a reward lies in 0 .. 1" in caplog.text
     assert "in misbehaves" in caplog.text
+    assert "it took longer than judging.timeout_seconds (3 s)" in caplog.text
+    assert "its process ended (exit code 3)" in caplog.text
+
+
+def test_a_function_that_never_works_ends_what_asks(caplog):
+    """Bug: a run of such rewards went on to its end, as if nothing could be learnt."""
+
+    def broken(text, golds):
+        return golds["answer"]
+
+    items = [(str(k), ("1",)) for k in range(MOST_FAILURES)]
+    with RewardJudge(broken, LIMITS) as judge:
+        assert judge.judge_many(items[:-1]).counts.failures == MOST_FAILURES - 1
+        with pytest.raises(RewardError, match=r"all of the first 63 answers: TypeError"):
+            judge.judge_many(items)
+    sometimes = [("1", ("1",)), *items]
+
+    def works_once(text, golds):
+        return 1 / (text == golds[0])
+
+    with RewardJudge(works_once, LIMITS) as judge:
+        assert judge.judge_many(sometimes).rewards.sum() == 2
+
+
+def test_what_a_function_prints_is_not_seen(capfd):
+    def talks(text, golds):
+        print("thinking aloud")
+        os.write(2, b"and louder")
+        return 1.0
+
+    assert judged(talks, [("a", ("1",))]).rewards.tolist() == [1]
+    seen = capfd.readouterr()
+    assert "aloud" not in seen.out
+    assert "louder" not in seen.err
 
 
 def test_what_cannot_be_sent_is_refused_by_name():

@@ -6,7 +6,7 @@ const LINES_AT_ONCE = 200;
 // FCI of the whole path under its text: a bar for each step; steps of which it is not known are flat.
 function drawInfluence(steps, isBranch, tree, onStep) {
   const svg = d3.select("#influence").attr("viewBox", `0 0 ${Math.max(steps.length, 1)} 1`);
-  const height = (step) => (step.fci === null || !tree.scale ? 0.04 : Math.max(step.fci / tree.scale, 0.01));
+  const height = (step) => (step.fci === null || !tree.scale ? 0.04 : Math.min(Math.max(step.fci / tree.scale, 0.01), 1));
   svg.selectAll("rect").data(steps).join("rect")
     .attr("x", (step, k) => k + 0.08).attr("width", 0.84)
     .attr("y", (step) => 1 - height(step)).attr("height", height)
@@ -42,7 +42,7 @@ function showPath(box, leaf, tree, chosenStep, onStep) {
     const meter = element("span", "meter", step.fci === null ? "" : number(step.fci));
     if (step.fci !== null && tree.scale > 0) {
       const bar = element("i");
-      bar.style.width = `${Math.round(100 * step.fci / tree.scale)}%`;
+      bar.style.width = `${Math.min(Math.round(100 * step.fci / tree.scale), 100)}%`;
       meter.prepend(bar);
     }
     line.append(meter, element("span", "words", step.text));

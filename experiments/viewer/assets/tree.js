@@ -30,7 +30,7 @@ function bins(steps, first, x) {
 }
 
 function drawTree(box, tree, on) {
-  const longest = Math.max(1, ...tree.order.map((leaf) => leaf.length));
+  const longest = Math.max(1, tree.longest);
   const width = Math.max(box.clientWidth || 800, LEAST_WIDTH);
   const x = d3.scaleLinear([0, longest], [LABEL, width - END]);
   const top = 18;
@@ -92,7 +92,12 @@ function drawLeaf(svg, leaf, y, x, tree, on) {
   }
   group.append("use").attr("href", isRight(leaf) ? "#mark-right" : "#mark-wrong")
     .attr("x", x(leaf.length) + 6).attr("y", STRIP / 2 - 7).attr("width", 14).attr("height", 14);
-  group.on("click", (event) => on.choose(leaf, d3.select(event.target).datum()?.index))
+  group.on("click", (event) => {
+    const index = d3.select(event.target).datum()?.index;
+    on.choose(leaf, index);
+    // A finger does not hover.
+    if (index !== undefined) on.hover(leaf, index, event);
+  })
     .on("focus", () => on.choose(leaf));
 }
 
@@ -121,5 +126,5 @@ function drawScale(highest, hasAny) {
     pen.fillStyle = colour(k, canvas.width - 1);
     pen.fillRect(k, 0, 1, canvas.height);
   }
-  document.getElementById("scale-ends").textContent = hasAny ? `0 to ${number(highest)}` : "not computed";
+  document.getElementById("scale-ends").textContent = hasAny ? `0 to ${number(highest)} and above` : "not computed";
 }

@@ -31,8 +31,10 @@ function prepare(tree) {
   tree.order.forEach((leaf) => {
     leaf.parent = leaf.row === leaf.root ? null : byRow.get(leaf.root);
   });
-  const known = tree.leaves.flatMap((leaf) => leaf.steps.map((step) => step.fci ?? 0));
+  // Of the steps that may branch: the first never does, and has most of all attention.
+  const known = tree.leaves.flatMap((leaf) => (leaf.parent ? [] : leaf.steps.slice(1).map((step) => step.fci ?? 0)));
   tree.highest = known.reduce((a, b) => Math.max(a, b), 0);
+  tree.longest = Math.max(...tree.order.map((leaf) => leaf.length));
   return tree;
 }
 

@@ -44,7 +44,8 @@ function listProblems() {
   }
   by("step").value = state.step;
   by("problem").replaceChildren(...entries.map((entry) => {
-    const option = element("option", "", `${entry.right}/${entry.leaves} right · ${entry.id} · ${entry.text}`);
+    const both = INDEX.runs.length > 1 && INDEX.runs[1].problems.some((other) => other.id === entry.id) ? "in both · " : "";
+    const option = element("option", "", `${both}${entry.right}/${entry.leaves} right · ${entry.id} · ${entry.text}`);
     option.value = entry.blob;
     return option;
   }));
@@ -73,7 +74,8 @@ async function showProblem(kept = null) {
   by("trees").replaceChildren();
   // One scale for all: a colour says the same in every run.
   const highest = Math.max(...found.map((one) => one.tree?.highest ?? 0));
-  for (const one of found) if (one.tree) one.tree.scale = highest;
+  const longest = Math.max(...found.map((one) => one.tree?.longest ?? 0));
+  for (const one of found) if (one.tree) Object.assign(one.tree, { scale: highest, longest });
   drawings = found.map((one, run) => addRun(one, run));
   drawScale(highest, found.some((one) => one.tree?.leaves.some((leaf) => leaf.steps.some((s) => s.fci !== null))));
   state.leaf = null;
@@ -239,6 +241,10 @@ addEventListener("resize", () => {
   redraw();
 });
 isDark.addEventListener("change", redraw);
+// Of two runs a problem that both have is shown first, the newest.
+state.entry = d3.greatest(main.problems.filter((problem) => INDEX.runs.slice(1).some(
+  (run) => run.problems.some((other) => other.id === problem.id))), (problem) => problem.step) ?? null;
+state.step = state.entry?.step ?? state.step;
 describe();
 drawCurve();
 listProblems();
