@@ -137,9 +137,9 @@ def test_what_is_held_beside_a_program():
     assert held["apply gradients"] == {"reference"}
     overlapping = programs(config=TrainConfig(overlap="initial"))["accumulate"].held
     assert set(overlapping) == {"optimizer state", "reference", "sampling copy"}
-    # Float32 parameters are held once for every moment of AdamW, and cut like these.
+    # Float32 parameters are held once for every moment of AdamW, and cut like these; two counts.
     update = programs()["score continuations"].held
-    assert update["optimizer state"] == 2 * update["reference"] + 4
+    assert update["optimizer state"] == 2 * update["reference"] + 8
     # While sampling no parameter is cut.
     shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
     whole = sum(x.size for x in jax.tree.leaves(shapes))
@@ -232,9 +232,9 @@ def test_every_device_is_given_its_share_of_the_update(update_of_sixteen):
     for layers in (2, 4):
         arguments = update_of_sixteen[f"accumulate {layers}"][0]
         assert arguments == 2 * share_of_parameters(layers) + batch
-    # Parameters, two moments, gradients; updates, those skipped, those in a row, AdamW's own count
-    # and the loss.
-    assert update_of_sixteen["apply gradients 4"][0] == 4 * share_of_parameters(4) + 5 * 4
+    # Parameters, two moments, gradients; updates, those skipped, those in a row, AdamW's own count,
+    # that of its schedule and the loss.
+    assert update_of_sixteen["apply gradients 4"][0] == 4 * share_of_parameters(4) + 6 * 4
 
 
 def test_no_device_replicates_what_is_cut(update_of_sixteen):
