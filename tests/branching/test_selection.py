@@ -318,7 +318,7 @@ def test_positions_at_the_steps_of_the_highest_scores():
 def test_what_a_rule_returns_is_checked():
     good = best_step_positions(FCI, STEP_IDS, BranchingConfig())
     check_positions(good, np.full(len(FCI), 5), 2)
-    with pytest.raises(ValueError, match=r"offsets of shape .* must be \[\d+, 3\]"):
+    with pytest.raises(ValueError, match=r"offsets of shape .* must be an array of \[\d+, 3\]"):
         check_positions(good, np.full(len(FCI), 5), 3)
     with pytest.raises(ValueError, match="returned NoneType; it must return BranchPositions"):
         check_positions(None, np.full(len(FCI), 5), 2)
