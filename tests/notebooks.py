@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# What tqdm and Orbax say of things that are meant.
+CLUTTER = re.compile("TqdmWarning|WARNING:absl")
 # Of one cell, seconds; on a machine at work.
 TIMEOUT = 600
 
@@ -57,7 +60,7 @@ def without_clutter(notebook: nbformat.NotebookNode, workdir: Path) -> nbformat.
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
             continue
-        cell.outputs = [o for o in cell.outputs if "TqdmWarning" not in o.get("text", "")]
+        cell.outputs = [o for o in cell.outputs if not CLUTTER.search(o.get("text", ""))]
         for output in cell.outputs:
             if output.output_type == "stream":
                 output.text = output.text.replace(str(workdir), "/content/attnrl_jax")
