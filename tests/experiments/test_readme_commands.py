@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.experiments.guessing import guessing_policy
-from tests.test_readme import ROOT, blocks
+from tests.documents import ROOT, blocks
 
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")
 
 
 def printed(word: str) -> list[list[str]]:
     """The commands of the one block that has the word, each as its words; `$E` stays."""
-    [block] = [block for block in blocks("bash") if word in block]
+    [block] = [block for block in blocks(ROOT / "README.md", "bash") if word in block]
     lines = block.replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     return [words for words in commands if words and words[0].startswith(".venv")]

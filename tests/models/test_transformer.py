@@ -153,13 +153,13 @@ def test_scanned_equals_unrolled(golden_model):
     config = replace(model.config, block_length=7)
     tokens, positions, visible_until = map(jnp.asarray, packed_inputs()[:3])
     step_ids = jnp.asarray(np.repeat(np.arange(8), 3)[None].repeat(2, 0))
-    asked = dict(step_ids=step_ids, keep_attention=True, keep_key_values=True)
+    asked = dict(step_ids=step_ids, keep_attention=True, keep_key_values=True, step_ranges=8)
 
     @jax.jit
     def unrolled(params):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, None)
         steps = StepWeights(step_ids, query_weights(step_ids), 4)
-        context = _Context(cos, sin, visible_until, None, steps)
+        context = _Context(cos, sin, visible_until, None, steps, step_ranges=8)
         x = params["embed_tokens"]["embedding"][tokens]
         carry, outputs = (x, jnp.zeros(tokens.shape)), []
         for i in range(config.num_layers):
@@ -174,7 +174,8 @@ def test_scanned_equals_unrolled(golden_model):
         model.params
     )
     expected = unrolled(model.params)
-    got = (scanned.hidden, scanned.key_values, scanned.attention, scanned.fci)
+    maps = (scanned.attention, scanned.step_attention)
+    got = (scanned.hidden, scanned.key_values, maps, scanned.fci)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
