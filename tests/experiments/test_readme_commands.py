@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.guessing import guessing_policy
 from tests.documents import ROOT, blocks
+from tests.experiments.guessing import guessing_policy
 
 BENCHMARKS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")
 
