@@ -357,6 +357,11 @@ def _check(settings: Settings) -> None:
         allowed |= {"entropy", "random"}
     if settings.parts.branch_rule and settings.method != "grpo":
         allowed = {"custom"}
+        if train.branching.rule != "custom":
+            raise SettingError(
+                f"branching.rule is {train.branching.rule!r}, but parts.branch_rule is "
+                f"{settings.parts.branch_rule!r}: leave out either"
+            )
     if train.branching.rule not in allowed:
         raise SettingError(
             f"branching.rule is {train.branching.rule!r}, but method {settings.method} has "

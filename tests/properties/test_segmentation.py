@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from attnrl_jax.branching.steps import (
     Separators,
+    StepRule,
     count_steps,
     end_of_thinking,
     segment_steps,
@@ -104,7 +105,7 @@ def test_ranges_are_counted_without_laying_out(responses, texts):
         importance=[],
         fci=[],
     )
-    counted = count_ranges(leaves, separators)
+    counted = count_ranges(leaves, StepRule(separators))
     assert counted.tolist() == [1 + len(walk(response, texts)) for response in responses]
     if responses:
         batch = [([0], response) for response in responses]

@@ -347,6 +347,8 @@ def test_decided_questions_are_remembered():
 def test_questions_under_way_are_asked_once(hasty_judge):
     """Though submitted from several threads; one that was lost is asked anew."""
     hanging = hang(6)
+    # Its workers have started: that may take longer than an answer may.
+    hasty_judge.judge_many([surd(9)])
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         pending = list(threads.map(hasty_judge.submit, [[hanging, surd(4)]] * 8))
     for place in range(2):
