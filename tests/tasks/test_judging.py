@@ -298,21 +298,29 @@ def test_huge_powers_are_asked_of_nobody():
 
 
 def test_workers_are_limited_in_memory():
-    """In a process of its own, as the limit cannot be taken back: 64 MiB are not a gigabyte."""
+    """In a process of its own, as the limit cannot be taken back: 64 MiB are not a gigabyte. What
+    is refused takes nothing of the 64 (as a second heap of glibc would, where it is aligned)."""
     code = """
 from attnrl_jax.tasks.answers import math_verify_equal
 from attnrl_jax.tasks.judging import warm_math_verify
 from attnrl_jax.tasks.judging_pool import start_worker
 start_worker(64 * 2**20, warm_math_verify)
+
+def largest():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmPeak"))
+
+before = largest()
 try:
     bytearray(2**30)
 except MemoryError:
     print("refused", math_verify_equal(((r"2\\sqrt{2}", r"\\sqrt{8}"),)))
+print(largest() - before < 16 * 2**10)
 """
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert ran.stdout == "refused True\n"
+    assert ran.stdout == "refused True\nTrue\n"
 
 
 def test_a_closed_judge_starts_again():
