@@ -40,6 +40,7 @@ from attnrl_jax.compilation.memory import (
     device_limit,
     explain_out_of_memory,
 )
+from attnrl_jax.host_memory import limit_arenas
 from attnrl_jax.interruption import InterruptedRunError, Interruption
 from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.sharding import make_meshes
@@ -68,6 +69,8 @@ from experiments.tasks import build_task, load_policy
 from experiments.terminal import Terminal, make_console
 from experiments.weights_and_biases import WeightsAndBiases, check_installed
 
+# Of glibc. One would have all threads wait for each other.
+MOST_ARENAS = 2
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "attnrl_graph.py"
 
 
@@ -292,6 +295,8 @@ def command() -> None:
         )
     except (ValueError, processes.ProcessError) as error:
         stop(error)
+    # Before XLA starts its threads: with an arena for each, the memory of a long run grows.
+    limit_arenas(MOST_ARENAS)
     with processes.ending_together():
         app.run(main, argv=arguments, flags_parser=lambda arguments: arguments)
 

@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from attnrl_jax import processes
+from attnrl_jax.host_memory import return_memory
 from attnrl_jax.interruption import InterruptedRunError
 from attnrl_jax.training.checkpoint import Checkpointer, SaveError
 from attnrl_jax.training.guards import GuardConfig, collapse_warnings
@@ -24,7 +25,7 @@ from attnrl_jax.training.loop import (
     start,
     train_steps,
 )
-from attnrl_jax.training.process_metrics import process_metrics, return_memory
+from attnrl_jax.training.process_metrics import process_metrics
 from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import LoopState, TrainState
 from experiments import reporting
@@ -182,6 +183,8 @@ class Session:
         every = config.eval_every
         if state.step == 0 or finished(state, config) or (every and state.step % every == 0):
             metrics = metrics | evaluate(state, self.setup)
+        # What the step leaves free between what lasts would grow with the steps.
+        return_memory()
         metrics = {"step": metrics["step"], **metrics, **process_metrics()}
         files.write_metrics(metrics)
         if self.tracker is not None:
@@ -205,7 +208,6 @@ class Session:
         score: float | None = None,
     ) -> None:
         self.checkpointer.save(state, self._notes(files, unfinished), score)
-        return_memory()
 
     def _notes(
         self, files: RunFolder, unfinished: dict[str, float] | None = None

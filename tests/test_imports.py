@@ -19,20 +19,21 @@ BELOW_TRAINING = BELOW_MODELS | {
 # What each room of the package may import of the others.
 MAY_IMPORT = {
     "types": set(),
+    "host_memory": set(),
     "shapes": set(),
     "processes": set(),
     "packing": {"types", "shapes"},
     "branching": {"types"},
     "algorithms": {"types", "branching"},
     "sharding": {"types"},
-    "tasks": {"types", "branching"},
+    "tasks": {"types", "host_memory", "branching"},
     "datasets": {"tasks"},
     "models": BELOW_MODELS,
     "sampling": BELOW_MODELS | {"models"},
     "scoring": BELOW_MODELS | {"models"},
     "step_attention": BELOW_MODELS | {"models"},
     "evaluation": {"types", "branching", "models", "sampling", "tasks"},
-    "training": BELOW_TRAINING,
+    "training": BELOW_TRAINING | {"host_memory"},
     "interruption": set(),
     "compilation": BELOW_TRAINING | {"training"},
 }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import functools
 import logging
 import multiprocessing
@@ -31,6 +30,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from attnrl_jax.host_memory import limit_arenas
 from attnrl_jax.tasks.verdicts import Item, JudgeConfig, JudgeCounts, Pending, Verdicts
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,6 @@ Outcome = bool | concurrent.futures.Future | None
 _START_SECONDS = 60.0
 # A worker ends itself so long after the time limit of an answer, if nobody else has.
 _GRACE_SECONDS = 10.0
-# Of malloc.h.
-_M_ARENA_MAX = -8
 _HAS_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
@@ -322,7 +320,9 @@ def start_worker(memory_bytes: int, make_ready: Callable[[], None]) -> None:
         # SIGKILL ends it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     make_ready()
-    _keep_to_one_heap()
+    # Out of memory, glibc would reserve 64 MiB of addresses for a second arena. Where these are the
+    # last that the limit leaves, the stack cannot grow: an answer too large would end the worker.
+    limit_arenas(1)
     # Platforms that cannot limit the address space still have the time limit.
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -331,14 +331,6 @@ def start_worker(memory_bytes: int, make_ready: Callable[[], None]) -> None:
             in_use = int(statm.read().split()[0]) * resource.getpagesize()
         limit = in_use + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _keep_to_one_heap() -> None:
-    """Lets glibc refuse what does not fit. It would first reserve 64 MiB of addresses for a second
-    heap; where these are the last that the limit leaves, the stack can no longer grow, and a
-    worker with an answer too large dies at the next one."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _end_with_the_run() -> None:

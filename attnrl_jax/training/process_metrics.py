@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 
 import jax
+
+from attnrl_jax.host_memory import resident_bytes
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -36,28 +36,9 @@ def compilations() -> Compilations:
     return counter
 
 
-def resident_bytes() -> int:
-    """Bytes of this process in memory; 0 where the platform does not say."""
-    try:
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
 def process_metrics() -> dict[str, float]:
     """`process/...`: programs compiled since the last call, resident memory in GiB."""
     return {
         "process/compilations": compilations().since_last(),
         "process/resident_gib": resident_bytes() / 2**30,
     }
-
-
-def return_memory() -> None:
-    """Gives back to the system what was freed: glibc keeps it, in pieces that grow in number over
-    a long run (here a third of the resident set). Takes milliseconds; elsewhere does nothing."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)

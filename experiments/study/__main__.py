@@ -1,0 +1,103 @@
+"""The study of docs/study.md: its runs, their outcomes, its figure and tables.
+
+    python -m experiments.study tune
+    python -m experiments.study compare
+    python -m experiments.study attention
+    python -m experiments.study report
+
+`tune` runs every method at every learning rate, `compare` every method at its own over five seeds,
+one run after the other; `attention` asks where attention points. Each goes on where it was stopped
+and skips what has its outcome in experiments/results/study already: `--results=DIR` begins anew in
+another folder. The same command given twice at the same time shares the runs out (and makes their
+wall clock worthless). `report` writes tables and figure from the outcomes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.commands import guarded, parser
+from experiments.plan import ROOT, load_sweep, plan, shown
+from experiments.results import log_path
+from experiments.study.outcomes import file_of, record
+from experiments.study.protocol import RESULTS
+from experiments.sweep import execute, in_use
+from experiments.terminal import make_console, working
+
+SWEEPS = ROOT / "experiments" / "sweeps"
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def run_all(sweep: Path, results: Path, workdir: Path, with_test: bool, console: Console) -> int:
+    """Executes the runs of a sweep that have no outcome yet, and records each as it ends.
+
+    Args:
+      sweep: file of the sweep.
+      results: folder of the outcomes.
+      workdir: of the run folders.
+      with_test: whether policies are asked the test's problems.
+      console: shows a line for each run.
+
+    Returns:
+      how many runs failed.
+    """
+    runs = plan(load_sweep(sweep), workdir)
+    failed = 0
+    for number, run in enumerate(runs, 1):
+        path = file_of(run, results)
+        if path.exists() or in_use(run.folder):
+            continue
+        label = f"{number}/{len(runs)} {path.stem}"
+        with working(console, f"{label}, output in {shown(log_path(run.folder))}"):
+            if run.result().state != "finished":
+                execute(run)
+            result = run.result()
+            if result.state != "finished":
+                # Two of these processes may have begun the same run.
+                if not in_use(run.folder):
+                    failed += 1
+                    console.print(f"{label}: {result.state}; {log_path(run.folder)} says why")
+                continue
+            record(run, path, with_test)
+        first, last = result.points[0].accuracy, result.points[-1].accuracy
+        console.print(
+            f"{label}  {first:.3f} -> {last:.3f}  {result.sampled_tokens} tokens, "
+            f"{result.seconds:.0f} s",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return failed
+
+
+def main(arguments: argparse.Namespace) -> None:
+    console = make_console(arguments.quiet)
+    results, workdir = arguments.results, arguments.workdir.absolute()
+    # Of the runs, which are processes of their own.
+    os.environ.setdefault(CACHE, str(workdir / "compiled"))
+    if arguments.part in ("tune", "compare"):
+        tuned = arguments.part == "tune"
+        sweep = SWEEPS / ("study_tuning.py" if tuned else "study.py")
+        folder = results / ("tuning" if tuned else "comparison")
+        failed = run_all(sweep, folder, workdir / arguments.part, not tuned, console)
+        if failed:
+            print(f"error: {failed} runs failed", file=sys.stderr)
+            sys.exit(1)
+
+
+def command() -> None:
+    """The command line."""
+    made = parser(__doc__, "study")
+    made.add_argument("part", choices=("tune", "compare", "attention", "report"))
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of the outcomes")
+    made.add_argument(
+        "--workdir", type=Path, default=Path("runs") / "study", help="folder of the runs"
+    )
+    guarded(main, made.parse_args(), "the same command continues the study")
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,18 @@
+"""Learning rates of the study (docs/study.md): every method, four rates, a seed of its own.
+
+Command:   python -m experiments.study tune
+Hardware:  2 CPU cores
+"""
+
+from experiments.search import grid
+from experiments.study import protocol
+
+CONFIG = protocol.CONFIG
+COMMON = protocol.COMMON
+
+
+def get_sweep():
+    points = grid(
+        {"seed": protocol.TUNING_SEEDS, "optimizer.learning_rate": protocol.LEARNING_RATES}
+    )
+    return [method | point for point in points for method in protocol.METHODS.values()]
