@@ -58,6 +58,7 @@ def sampling_metrics(
         "train/truncated": float(1.0 - rows.ended[initial].mean()),
         "train/staleness": float((age * tokens).sum() / tokens.sum()) if stale.size else 0.0,
         "train/staleness_max": int(stale.max(initial=0)),
+        "tokens/trained_distinct": int(rows.own_length[trained].sum()),
         "problems/drawn": int(rows.problem.max()) + 1,
         "problems/kept": len(np.unique(rows.problem[trained])),
         "problems/dropped_easy": int(plan.dropped.sum()),

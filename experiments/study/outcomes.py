@@ -25,10 +25,10 @@ from experiments.study.protocol import name_of
 
 # Of every step; the rest is in the curve.
 PER_STEP = (
-    "tokens/sampled", "tokens/trained", "rows/sampled", "rows/trained", "rows/with_advantage",
-    "problems/drawn", "problems/kept", "branching/positions", "train/response_length",
-    "train/entropy", "update/updates", "update/approx_kl", "update/gradient_norm", "seconds/step",
-    "seconds/generate",
+    "tokens/sampled", "tokens/trained", "tokens/trained_distinct", "rows/sampled", "rows/trained",
+    "rows/with_advantage", "problems/drawn", "problems/kept", "branching/positions",
+    "train/response_length", "train/entropy", "update/updates", "update/approx_kl",
+    "update/gradient_norm", "seconds/step", "seconds/generate",
 )  # fmt: skip
 
 
