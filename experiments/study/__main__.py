@@ -15,18 +15,24 @@ wall clock worthless). `report` writes tables and figure from the outcomes.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments.commands import guarded, parser
+from experiments.compass import open_policy
 from experiments.plan import ROOT, load_sweep, plan, shown
 from experiments.results import log_path
+from experiments.study import attention, report
 from experiments.study.outcomes import file_of, record
-from experiments.study.protocol import RESULTS
+from experiments.study.policies import policy_of
+from experiments.study.protocol import RESULTS, SEEDS, name_of
 from experiments.sweep import execute, in_use
+from experiments.tasks import Policy
 from experiments.terminal import make_console, working
 
 SWEEPS = ROOT / "experiments" / "sweeps"
@@ -73,12 +79,28 @@ def run_all(sweep: Path, results: Path, workdir: Path, with_test: bool, console:
     return failed
 
 
+def policies(workdir: Path) -> dict[str, Callable[[], Policy]]:
+    """What opens the policies whose attention is looked at: the pretrained one, and the one that
+    AttnRL made of it with the first seed, once that run has ended."""
+    found: dict[str, Callable[[], Policy]] = {"pretrained": open_policy}
+    for run in plan(load_sweep(SWEEPS / "study.py"), workdir / "compare"):
+        own = name_of(run.overrides) == report.OURS and run.overrides["seed"] == SEEDS[0]
+        if own and run.result().state == "finished":
+            found["after AttnRL"] = functools.partial(policy_of, run.folder)
+    return found
+
+
 def main(arguments: argparse.Namespace) -> None:
     console = make_console(arguments.quiet)
     results, workdir = arguments.results, arguments.workdir.absolute()
     # Of the runs, which are processes of their own.
     os.environ.setdefault(CACHE, str(workdir / "compiled"))
-    if arguments.part in ("tune", "compare"):
+    if arguments.part == "report":
+        text = report.write(results)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    elif arguments.part == "attention":
+        attention.write(results, policies(workdir), console)
+    else:
         tuned = arguments.part == "tune"
         sweep = SWEEPS / ("study_tuning.py" if tuned else "study.py")
         folder = results / ("tuning" if tuned else "comparison")

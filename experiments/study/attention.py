@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from rich.console import Console
 
 from attnrl_jax.branching.importance import mask_candidates
 from attnrl_jax.branching.positions import BranchingConfig
@@ -18,10 +22,12 @@ from attnrl_jax.sampling.sampler import Request, Response
 from attnrl_jax.scoring import score
 from attnrl_jax.tasks.graph import MODULUS, GraphProblem, GraphSource
 from attnrl_jax.tasks.judging import exact_match
+from experiments.folders import write_atomically
 from experiments.study import bootstrap
 from experiments.study.graph_steps import GraphStep, graph_steps
 from experiments.study.policies import BUDGET, TEST, ask, prompt_of
 from experiments.tasks import Policy
+from experiments.terminal import working
 
 # As in the default configuration.
 BRANCHING = BranchingConfig(delta=1, min_distance=0)
@@ -31,7 +37,7 @@ WIDTH = 256
 SCORED_AT_ONCE = 64
 CONTINUATIONS = 16
 # What random numbers are for; part of every seed.
-_VALUES, _RANDOM_STEPS, _CORRUPTION = 11, 12, 13
+_VALUES, _RANDOM_STEPS, _CORRUPTION, _PAIRS = 11, 12, 13, 14
 
 
 @dataclass(frozen=True)
@@ -377,7 +383,7 @@ def corrupted(policy: Policy, read: Read, step: int, rng: np.random.Generator) -
 
 def what_a_step_is_worth(
     policy: Policy, pairs: Sequence[Pair], samples: int = CONTINUATIONS
-) -> dict[str, Estimate | int]:
+) -> dict[str, dict[str, Estimate]]:
     """How much accuracy falls when a step is corrupted, or sampled anew.
 
     Args:
@@ -386,9 +392,9 @@ def what_a_step_is_worth(
       samples: continuations of each prefix.
 
     Returns:
-      falls of the accuracy from that of the prefix with the right step, in the steps of highest FCI
-      (`..._fci`), in the others at the same place (`..._other`), and the difference; intervals over
-      pairs.
+      for a step with another digit as its value, and for one that is sampled anew, the fall of
+      accuracy from that of the prefix with the right step: of steps of highest FCI, of the others
+      at the same place, and the difference; intervals over pairs.
     """
     asked: list[Asked] = []
     kept = 0
@@ -407,10 +413,52 @@ def what_a_step_is_worth(
     intact, wrong_value, anew = np.moveaxis(
         values(policy, asked, samples).reshape(kept, 2, 3), 2, 0
     )
-    found: dict[str, Estimate | int] = {"pairs": kept}
-    for name, value in (("corrupted", wrong_value), ("resampled", anew)):
+    found = {}
+    for name, value in (("another digit", wrong_value), ("sampled anew", anew)):
         fall = intact - value
-        found[f"{name}_fci"] = bootstrap.interval(fall[None, :, 0])
-        found[f"{name}_other"] = bootstrap.interval(fall[None, :, 1])
-        found[f"{name}_difference"] = bootstrap.difference(fall[None, :, 0], fall[None, :, 1])
+        found[name] = {
+            "highest FCI": bootstrap.interval(fall[None, :, 0]),
+            "same place": bootstrap.interval(fall[None, :, 1]),
+            "difference": bootstrap.difference(fall[None, :, 0], fall[None, :, 1]),
+        }
     return found
+
+
+def ask_all(policy: Policy, problems: GraphSource = TEST, decided_of: int = 176) -> dict[str, Any]:
+    """The three questions to one policy.
+
+    Args:
+      policy: that is asked.
+      problems: whose responses are looked at.
+      decided_of: responses whose every step is valued, the costly part.
+    """
+    reads = read_responses(policy, problems)
+    pairs = matched_pairs(reads, np.random.default_rng(_PAIRS))
+    return {
+        "responses": len(reads),
+        "right": float(np.mean([read.right for read in reads])),
+        "picked": what_is_picked(reads),
+        "valued": min(decided_of, len(reads)),
+        "decided": change_by_rule(where_it_is_decided(policy, reads[:decided_of])),
+        "pairs": len(pairs),
+        "causal": what_a_step_is_worth(policy, pairs),
+    }
+
+
+def write(results: Path, policies: Mapping[str, Callable[[], Policy]], console: Console) -> None:
+    """Asks policies that have not been asked yet, and writes `attention.json`.
+
+    Args:
+      results: folder of the outcomes.
+      policies: what opens each, by name.
+      console: shows which is asked.
+    """
+    path = results / "attention.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name, opened in policies.items():
+        if name not in found:
+            with working(console, f"asking the policy {name}"):
+                found[name] = ask_all(opened())
+            results.mkdir(parents=True, exist_ok=True)
+            # Estimates are written as [value, low, high].
+            write_atomically(path, json.dumps(found, indent=1) + "\n")

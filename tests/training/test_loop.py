@@ -113,6 +113,13 @@ def test_trained_rows_belong_to_problems_with_both_outcomes(off_policy):
             assert rewards.min() != rewards.max()
         assert report.metrics["rows/trained"] == report.trained.sum()
         assert report.metrics["tokens/trained"] == response_tokens(rows)[report.trained].sum()
+        # Every token of the trained rows, told apart by the row that sampled it.
+        distinct = {
+            (int(rows.root[row]) if t < rows.split[row] else int(row), t)
+            for row in np.flatnonzero(report.trained)
+            for t in range(int(response_tokens(rows)[row]))
+        }
+        assert report.metrics["tokens/trained_distinct"] == len(distinct)
 
 
 def test_sampled_tokens_are_counted_once(golden):

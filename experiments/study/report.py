@@ -1,0 +1,202 @@
+"""Tables and figure of the study, made of its recorded outcomes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from attnrl_jax.evaluation import Estimate
+from experiments.folders import write_atomically
+from experiments.study import bootstrap, comparison
+from experiments.study.comparison import DIFFICULTIES, Runs
+from experiments.study.figure import draw
+from experiments.study.outcomes import read_all
+from experiments.study.protocol import BUDGET
+from experiments.tables import table
+
+OURS = "AttnRL"
+GRPO = ("GRPO", "GRPO, 8 responses")
+TREE = "TreeRL"
+ON_POLICY = "AttnRL, on-policy"
+
+
+def write(results: Path) -> str:
+    """Writes `report.md` and `study.png` into the folder of the outcomes.
+
+    Args:
+      results: with `tuning/`, `comparison/` and `attention.json`, as far as they are there.
+
+    Returns:
+      the text of the report.
+
+    Raises:
+      ValueError: there are no outcomes of the comparison, or none of AttnRL.
+    """
+    methods = comparison.by_method(read_all(results / "comparison"))
+    if OURS not in methods:
+        raise ValueError(f"{results / 'comparison'} has no outcome of {OURS} yet")
+    tuning = comparison.best_rates(read_all(results / "tuning"))
+    parts = ["# Outcomes of the study", _answers(methods)]
+    parts += ["## Methods", _methods(methods), _NOTE]
+    parts += ["## By length of the problem", _by_difficulty(methods)]
+    parts += ["## Learning rates", _tuning(tuning)]
+    attention = results / "attention.json"
+    if attention.exists():
+        parts += ["## Attention", attention_tables(json.loads(attention.read_text()))]
+    text = "\n\n".join(parts) + "\n"
+    write_atomically(results / "report.md", text)
+    draw(results / "study.png", methods, OURS)
+    return text
+
+
+_NOTE = (
+    "Test: 528 problems that no run has seen. In brackets 95 % bootstrap intervals over seeds and "
+    "problems. `lead`: avg@8 of AttnRL less that of the method, paired, in points. "
+    "`with advantage`: share of sampled rows that are trained on with an advantage other than 0. "
+    "`trained on`: share of sampled tokens that are in an update, each counted once."
+)
+
+
+def _points(value: Estimate) -> str:
+    """A share in points, with its interval."""
+    return f"{100 * value.value:+.1f} ({100 * value.low:+.1f} to {100 * value.high:+.1f})"
+
+
+def _share(value: Estimate) -> str:
+    return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"
+
+
+def best_grpo(methods: Mapping[str, Runs]) -> str:
+    """The GRPO of the higher avg@8."""
+    there = [name for name in GRPO if name in methods]
+    return max(there, key=lambda name: comparison.correct(methods[name]).mean())
+
+
+def _answers(methods: Mapping[str, Runs]) -> str:
+    """What was asked first, each in a line."""
+    ours = methods[OURS]
+    lines = [f"Runs of {len(ours)} seeds, {BUDGET:,} sampled tokens each."]
+    grpo = best_grpo(methods) if any(name in methods for name in GRPO) else None
+    if grpo:
+        lines.append(
+            f"- {OURS} less {grpo}, avg@8 at equal sampled tokens: "
+            f"{_points(comparison.lead(ours, methods[grpo]))} points"
+        )
+    if TREE in methods:
+        lines.append(
+            f"- {OURS} less {TREE}: {_points(comparison.lead(ours, methods[TREE]))} points"
+        )
+    for name in (grpo, TREE):
+        if name in methods:
+            theirs = methods[name]
+            most = min(comparison.last(r, "trained_tokens") for r in (ours, theirs))
+            at = comparison.lead_at(ours, theirs, "trained_tokens", most)
+            lines.append(
+                f"- {OURS} less {name} at equal trained tokens ({most:,.0f}), on the held-out "
+                f"problems: {_points(at)} points"
+            )
+            reached = comparison.tokens_to_reach(ours, theirs)
+            lines.append(f"- {OURS} reaches the final accuracy of {name} with {_reach(reached)}")
+    if ON_POLICY in methods:
+        two = methods[ON_POLICY]
+        seconds = comparison.seconds_ratio(ours, two)
+        lines.append(
+            f"- one step off-policy over two rounds: {seconds.value:.2f} ({seconds.low:.2f} to "
+            f"{seconds.high:.2f}) times the wall clock a sampled token, avg@8 "
+            f"{_points(comparison.lead(ours, two))} points"
+        )
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _reach(share: Estimate) -> str:
+    low, value, high = (
+        "more than 100" if np.isinf(x) else f"{100 * x:.0f}"
+        for x in (share.low, share.value, share.high)
+    )
+    return f"{value} ({low} to {high}) % of the sampled tokens"
+
+
+def _methods(methods: Mapping[str, Runs]) -> str:
+    rows = [["method", "rate", "seeds", "greedy", "avg@8", "lead", "sampled k", "trained k",
+             "seconds", "with advantage", "trained on"]]  # fmt: skip
+    for name, runs in methods.items():
+        ends = [run.curve[-1] for run in runs.values()]
+        rates = {run.learning_rate for run in runs.values()}
+        rows.append(
+            [
+                name,
+                ", ".join(f"{rate:g}" for rate in sorted(rates)),
+                str(len(runs)),
+                _share(bootstrap.interval(comparison.correct(runs, greedy=True))),
+                _share(bootstrap.interval(comparison.correct(runs))),
+                "" if name == OURS else _points(comparison.lead(methods[OURS], runs)),
+                f"{np.mean([end.sampled_tokens for end in ends]) / 1000:.0f}",
+                f"{np.mean([end.trained_tokens for end in ends]) / 1000:.0f}",
+                f"{np.mean([end.seconds for end in ends]):.0f}",
+                f"{100 * comparison.rows_with_advantage(runs):.0f} %",
+                f"{100 * comparison.trained_on(runs):.0f} %",
+            ]
+        )
+    return table(rows)
+
+
+def _by_difficulty(methods: Mapping[str, Runs]) -> str:
+    heading = [f"avg@8, {low} to {high} operations" for low, high in DIFFICULTIES]
+    rows = [["method", *heading]]
+    for name, runs in methods.items():
+        values = comparison.correct(runs)
+        parts = [comparison.of_difficulty(values, low, high) for low, high in DIFFICULTIES]
+        rows.append([name, *(_share(bootstrap.interval(part)) for part in parts)])
+    return table(rows)
+
+
+def _tuning(tuning: Mapping[str, Mapping[float, float]]) -> str:
+    rates = sorted({rate for scores in tuning.values() for rate in scores})
+    rows = [["method", *(f"{rate:g}" for rate in rates)]]
+    for name, scores in tuning.items():
+        best = max(scores.values())
+        cells = [
+            f"{100 * scores[rate]:.1f}{'*' if scores[rate] == best else ''}"
+            if rate in scores
+            else ""
+            for rate in rates
+        ]
+        rows.append([name, *cells])
+    return (
+        table(rows) + "\n\nHeld-out accuracy, mean of the last two evaluations of the tuning seed; "
+        "* is the rate that was chosen."
+    )
+
+
+def attention_tables(found: Mapping[str, Mapping]) -> str:
+    """The three questions about attention, a table for each.
+
+    Args:
+      found: of `attention.json`: answers by policy.
+    """
+    return "\n\n".join(
+        [
+            _question(found, "picked", "1. Share of the steps picked that are of a kind, %", 100),
+            _question(found, "decided", "2. Change of the value over the steps picked", 1),
+            _question(found, "causal", "3. Fall of accuracy, points", 100),
+        ]
+    )
+
+
+def _question(found: Mapping[str, Mapping], name: str, title: str, scale: float) -> str:
+    rows: list[list[str]] = []
+    heading: Sequence[str] = ()
+    for policy, answers in found.items():
+        for row, cells in answers[name].items():
+            heading = [*cells]
+            shown = [
+                "{:.2f} ({:.2f} to {:.2f})".format(*(scale * x for x in cell))
+                if scale == 1
+                else "{:.1f} ({:.1f} to {:.1f})".format(*(scale * x for x in cell))
+                for cell in cells.values()
+            ]
+            rows.append([policy, row, *shown])
+    return f"{title}\n\n{table([['policy', '', *heading], *rows], left=2)}"

@@ -1,0 +1,1 @@
+"""The study: its protocol, its outcomes, its statistics."""

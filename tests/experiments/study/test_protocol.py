@@ -1,0 +1,101 @@
+"""The protocol is what docs/study.md says, and what the recorded outcomes were run with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from attnrl_jax.tasks.graph import GraphSource, GraphTaskConfig
+from experiments.plan import ROOT, load_sweep, plan
+from experiments.settings import build
+from experiments.study import comparison, protocol
+from experiments.study.outcomes import file_of, read_all
+from experiments.study.policies import TEST
+
+SWEEPS = {"tuning": "study_tuning.py", "comparison": "study.py"}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    folder = Path("runs")
+    return {
+        part: plan(load_sweep(ROOT / "experiments" / "sweeps" / name), folder)
+        for part, name in SWEEPS.items()
+    }
+
+
+def test_every_method_runs_at_every_rate_and_with_every_seed(runs):
+    tuned = {(protocol.name_of(r.overrides), r.overrides["optimizer.learning_rate"])
+             for r in runs["tuning"]}  # fmt: skip
+    assert {name for name, _ in tuned} == {*protocol.METHODS}
+    assert tuned >= {(n, rate) for n in protocol.METHODS for rate in protocol.LEARNING_RATES}
+    compared = [(protocol.name_of(r.overrides), r.overrides["seed"]) for r in runs["comparison"]]
+    assert sorted(compared) == sorted(
+        (name, seed) for name in protocol.METHODS for seed in protocol.SEEDS
+    )
+    assert not {*protocol.TUNING_SEEDS} & {*protocol.SEEDS}
+    assert len({file_of(run, Path()) for part in runs.values() for run in part}) == sum(
+        map(len, runs.values())
+    )
+
+
+def test_methods_differ_in_what_they_are_called_by_alone(runs):
+    """But for what its overrides name, and what its method means, a run is like all others."""
+    settings = {}
+    for run in runs["comparison"]:
+        if run.overrides["seed"] == 0:
+            settings[protocol.name_of(run.overrides)] = build(run.config).train
+    ours = settings["AttnRL"]
+    assert ours.rows_per_problem == settings["GRPO"].rows_per_problem == 30
+    assert settings["GRPO, 8 responses"].rows_per_problem == 8
+    for name, train in settings.items():
+        same = ("loss", "temperature", "mini_batch_rows", "max_sampled_tokens", "response_budget")
+        assert all(getattr(train, field) == getattr(ours, field) for field in same), name
+        on_policy = name in ("GRPO", "GRPO, 8 responses", "TreeRL", "random steps")
+        on_policy |= name == "AttnRL, on-policy"
+        assert (train.schedule == "on_policy") == on_policy
+    assert settings["AttnRL, left to right"].branching.order == "position"
+    assert settings["AttnRL, random steps"].branching.rule == "random"
+    assert settings["AttnRL, entropy"].branching.rule == "entropy"
+    assert not settings["AttnRL, all expanded"].expansion.filter_easy
+    assert not settings["AttnRL, fixed batch"].batch_size.adaptive
+
+
+def test_the_document_names_every_method():
+    text = (ROOT / "docs" / "study.md").read_text()
+    for name in protocol.METHODS:
+        assert re.search(rf"^\| {re.escape(name)} \|", text, re.MULTILINE), name
+    assert f"{protocol.BUDGET:,} tokens" in text
+    with pytest.raises(ValueError, match="no method of the study"):
+        protocol.name_of({"method": "grpo"})
+
+
+def test_rates_are_those_that_were_best():
+    """Of the recorded tuning, and none at an end of what was tried."""
+    scores = comparison.best_rates(read_all(protocol.RESULTS / "tuning"))
+    assert scores.keys() == protocol.METHODS.keys()
+    for name, by_rate in scores.items():
+        best = max(by_rate, key=by_rate.__getitem__)
+        assert protocol.CHOSEN[name] == best, name
+        assert min(by_rate) < best < max(by_rate), name
+
+
+def test_outcomes_are_of_the_protocol(runs):
+    for part, planned in runs.items():
+        expected = {file_of(run, protocol.RESULTS / part): run for run in planned}
+        for path in (protocol.RESULTS / part).glob("*.json"):
+            found = json.loads(path.read_text())
+            assert found["overrides"] == expected[path].overrides
+            assert found["curve"][-1][2] >= protocol.BUDGET
+
+
+def test_the_test_is_of_no_problem_that_runs_see():
+    shown = GraphSource(GraphTaskConfig(), "held_out", 0, 256)
+    seen = {shown[k].text for k in range(len(shown))}
+    test = [TEST[k] for k in range(len(TEST))]
+    assert not seen & {problem.text for problem in test}
+    levels = [problem.level for problem in test]
+    assert {levels.count(level) for level in range(2, 13)} == {48}
