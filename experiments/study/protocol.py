@@ -59,6 +59,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
+# Where the best of these was at an end, the grid went on.
+FURTHER_RATES: dict[str, tuple[float, ...]] = {
+    "TreeRL": (8e-4,),
+    "AttnRL, left to right": (5e-5,),
+    "AttnRL, all expanded": (5e-5,),
+}
 # Of each method the best on the tuning seed; filled in by `tuned`.
 CHOSEN: dict[str, float] = {}
 TUNING_SEEDS = (100,)

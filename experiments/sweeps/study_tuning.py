@@ -15,4 +15,10 @@ def get_sweep():
     points = grid(
         {"seed": protocol.TUNING_SEEDS, "optimizer.learning_rate": protocol.LEARNING_RATES}
     )
-    return [method | point for point in points for method in protocol.METHODS.values()]
+    every = [method | point for point in points for method in protocol.METHODS.values()]
+    return every + [
+        protocol.METHODS[name] | {"seed": seed, "optimizer.learning_rate": rate}
+        for name, rates in protocol.FURTHER_RATES.items()
+        for rate in rates
+        for seed in protocol.TUNING_SEEDS
+    ]
