@@ -149,14 +149,16 @@ def seconds_ratio(one: Runs, other: Runs) -> Estimate:
     return bootstrap.ratio(*seconds)
 
 
-def best_rates(tuning: Sequence[Outcome]) -> dict[str, dict[float, float]]:
-    """By method and learning rate, mean of the last two evaluations (and over tuning seeds)."""
+def tuning_scores(tuning: Sequence[Outcome]) -> dict[str, dict[float, list[float]]]:
+    """By method and learning rate, the mean of the last two evaluations of each tuning seed."""
     found: dict[str, dict[float, list[float]]] = {}
-    for outcome in tuning:
+    for outcome in sorted(tuning, key=lambda one: (one.learning_rate, one.seed)):
         scores = found.setdefault(outcome.method, {})
         points = [point.accuracy for point in outcome.curve[-2:]]
         scores.setdefault(outcome.learning_rate, []).append(float(np.mean(points)))
-    return {
-        name: {rate: float(np.mean(scores)) for rate, scores in sorted(rates.items())}
-        for name, rates in found.items()
-    }
+    return found
+
+
+def best_rate(scores: Mapping[float, Sequence[float]]) -> float:
+    """The rate of the highest mean, of those that most seeds were spent on."""
+    return max(scores, key=lambda rate: (len(scores[rate]), np.mean(scores[rate])))

@@ -38,7 +38,7 @@ def write(results: Path) -> str:
     methods = comparison.by_method(read_all(results / "comparison"))
     if OURS not in methods:
         raise ValueError(f"{results / 'comparison'} has no outcome of {OURS} yet")
-    tuning = comparison.best_rates(read_all(results / "tuning"))
+    tuning = comparison.tuning_scores(read_all(results / "tuning"))
     parts = ["# Outcomes of the study", _answers(methods)]
     parts += ["## Methods", _methods(methods), _NOTE]
     parts += ["## By length of the problem", _by_difficulty(methods)]
@@ -153,20 +153,19 @@ def _by_difficulty(methods: Mapping[str, Runs]) -> str:
     return table(rows)
 
 
-def _tuning(tuning: Mapping[str, Mapping[float, float]]) -> str:
+def _tuning(tuning: Mapping[str, Mapping[float, Sequence[float]]]) -> str:
     rates = sorted({rate for scores in tuning.values() for rate in scores})
     rows = [["method", *(f"{rate:g}" for rate in rates)]]
     for name, scores in tuning.items():
-        best = max(scores.values())
+        best = comparison.best_rate(scores)
         cells = [
-            f"{100 * scores[rate]:.1f}{'*' if scores[rate] == best else ''}"
-            if rate in scores
-            else ""
+            ", ".join(f"{100 * score:.1f}" for score in scores.get(rate, ())) + "*" * (rate == best)
             for rate in rates
         ]
         rows.append([name, *cells])
     return (
-        table(rows) + "\n\nHeld-out accuracy, mean of the last two evaluations of the tuning seed; "
+        table(rows)
+        + "\n\nHeld-out accuracy, mean of the last two evaluations, of each tuning seed; "
         "* is the rate that was chosen."
     )
 

@@ -1,10 +1,9 @@
-"""Learning rates of the study (docs/study.md): every method, four rates, a seed of its own.
+"""Learning rates of the study (docs/study.md): every method, a grid of rates, seeds of their own.
 
 Command:   python -m experiments.study tune
 Hardware:  2 CPU cores
 """
 
-from experiments.search import grid
 from experiments.study import protocol
 
 CONFIG = protocol.CONFIG
@@ -12,13 +11,11 @@ COMMON = protocol.COMMON
 
 
 def get_sweep():
-    points = grid(
-        {"seed": protocol.TUNING_SEEDS, "optimizer.learning_rate": protocol.LEARNING_RATES}
-    )
-    every = [method | point for point in points for method in protocol.METHODS.values()]
-    return every + [
-        protocol.METHODS[name] | {"seed": seed, "optimizer.learning_rate": rate}
-        for name, rates in protocol.FURTHER_RATES.items()
-        for rate in rates
-        for seed in protocol.TUNING_SEEDS
+    first, second = protocol.TUNING_SEEDS
+    points = [(name, rate, first) for rate in protocol.LEARNING_RATES for name in protocol.METHODS]
+    points += [(name, rate, first) for name, r in protocol.FURTHER_RATES.items() for rate in r]
+    points += [(name, rate, second) for name, r in protocol.CLOSE_RATES.items() for rate in r]
+    return [
+        protocol.METHODS[name] | {"optimizer.learning_rate": rate, "seed": seed}
+        for name, rate, seed in points
     ]
