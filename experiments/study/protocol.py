@@ -74,7 +74,19 @@ CLOSE_RATES: dict[str, tuple[float, float]] = {
     "AttnRL, all expanded": (1e-4, 2e-4),
 }
 # Of each method, by the recorded outcomes of the tuning.
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {
+    "GRPO": 2e-4,
+    "GRPO, 8 responses": 2e-4,
+    "TreeRL": 2e-4,
+    "random steps": 2e-4,
+    "AttnRL": 2e-4,
+    "AttnRL, left to right": 1e-4,
+    "AttnRL, random steps": 2e-4,
+    "AttnRL, entropy": 2e-4,
+    "AttnRL, all expanded": 1e-4,
+    "AttnRL, fixed batch": 2e-4,
+    "AttnRL, on-policy": 2e-4,
+}
 TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 
