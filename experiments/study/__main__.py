@@ -15,23 +15,26 @@ wall clock worthless). `report` writes tables and figure from the outcomes.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from absl import logging
 from rich.console import Console
 
 from experiments.commands import guarded, parser
 from experiments.compass import open_policy
-from experiments.plan import ROOT, load_sweep, plan, shown
+from experiments.plan import ROOT, Run, load_sweep, plan, shown
 from experiments.results import log_path
 from experiments.study import attention, report
 from experiments.study.outcomes import file_of, record
 from experiments.study.policies import policy_of
 from experiments.study.protocol import RESULTS, SEEDS, name_of
-from experiments.sweep import execute, in_use
+from experiments.sweep import execute
 from experiments.tasks import Policy
 from experiments.terminal import make_console, working
 
@@ -56,27 +59,39 @@ def run_all(sweep: Path, results: Path, workdir: Path, with_test: bool, console:
     failed = 0
     for number, run in enumerate(runs, 1):
         path = file_of(run, results)
-        if path.exists() or in_use(run.folder):
-            continue
         label = f"{number}/{len(runs)} {path.stem}"
-        with working(console, f"{label}, output in {shown(log_path(run.folder))}"):
-            if run.result().state != "finished":
-                execute(run)
-            result = run.result()
-            if result.state != "finished":
-                # Two of these processes may have begun the same run.
-                if not in_use(run.folder):
-                    failed += 1
-                    console.print(f"{label}: {result.state}; {log_path(run.folder)} says why")
+        with claimed(run) as is_ours:
+            # Another process may have recorded it in between.
+            if not is_ours or path.exists():
                 continue
-            record(run, path, with_test)
-        first, last = result.points[0].accuracy, result.points[-1].accuracy
-        console.print(
-            f"{label}  {first:.3f} -> {last:.3f}  {result.sampled_tokens} tokens, "
-            f"{result.seconds:.0f} s",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            with working(console, f"{label}, output in {shown(log_path(run.folder))}"):
+                if run.result().state != "finished":
+                    execute(run)
+                result = run.result()
+                if result.state == "finished":
+                    record(run, path, with_test)
+        if result.state != "finished":
+            failed += 1
+            line = f"{label}  {result.state}; {shown(log_path(run.folder))} says why"
+        else:
+            first, last = result.points[0].accuracy, result.points[-1].accuracy
+            tokens, seconds = result.sampled_tokens, result.seconds
+            line = f"{label}  {first:.3f} -> {last:.3f}  {tokens:,} tokens, {seconds:.0f} s"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return failed
+
+
+@contextmanager
+def claimed(run: Run) -> Iterator[bool]:
+    """Whether the run, and its recording, is this process's: one process of the study has it."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with run.folder.with_name(f".{run.folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def policies(workdir: Path) -> dict[str, Callable[[], Policy]]:
@@ -118,6 +133,8 @@ def command() -> None:
     made.add_argument(
         "--workdir", type=Path, default=Path("runs") / "study", help="folder of the runs"
     )
+    # Orbax warns of what is meant here, folders that are only read.
+    logging.set_verbosity(logging.ERROR)
     guarded(main, made.parse_args(), "the same command continues the study")
 
 
