@@ -11,7 +11,7 @@ import numpy as np
 from attnrl_jax.evaluation import Estimate
 from experiments.folders import write_atomically
 from experiments.study import bootstrap, comparison
-from experiments.study.comparison import DIFFICULTIES, Runs
+from experiments.study.comparison import DIFFICULTIES, Axis, Runs
 from experiments.study.figure import draw
 from experiments.study.outcomes import read_all
 from experiments.study.protocol import BUDGET
@@ -82,22 +82,27 @@ def _answers(methods: Mapping[str, Runs]) -> str:
     grpo = best_grpo(methods) if any(name in methods for name in GRPO) else None
     if grpo:
         lines.append(
-            f"- {OURS} less {grpo}, avg@8 at equal sampled tokens: "
+            f"- {OURS} less {grpo}, avg@8 at the end: "
             f"{_points(comparison.lead(ours, methods[grpo]))} points"
         )
     if TREE in methods:
         lines.append(
-            f"- {OURS} less {TREE}: {_points(comparison.lead(ours, methods[TREE]))} points"
+            f"- {OURS} less {TREE}, avg@8 at the end: {_points(comparison.lead(ours, methods[TREE]))} points"
         )
     for name in (grpo, TREE):
         if name in methods:
             theirs = methods[name]
             most = min(comparison.last(r, "trained_tokens") for r in (ours, theirs))
-            at = comparison.lead_at(ours, theirs, "trained_tokens", most)
-            lines.append(
-                f"- {OURS} less {name} at equal trained tokens ({most:,.0f}), on the held-out "
-                f"problems: {_points(at)} points"
+            axes: tuple[tuple[Axis, float], ...] = (
+                ("sampled_tokens", BUDGET),
+                ("trained_tokens", most),
             )
+            for axis, place in axes:
+                at = comparison.lead_at(ours, theirs, axis, place)
+                lines.append(
+                    f"- {OURS} less {name} at {place:,.0f} {axis.replace('_', ' ')}, on the "
+                    f"held-out problems: {_points(at)} points"
+                )
             reached = comparison.tokens_to_reach(ours, theirs)
             lines.append(f"- {OURS} reaches the final accuracy of {name} with {_reach(reached)}")
     if ON_POLICY in methods:

@@ -140,8 +140,8 @@ def test_the_report_says_what_the_outcomes_are(tmp_path):
     text = report.write(tmp_path)
     assert text == (tmp_path / "report.md").read_text()
     # The better GRPO is the one that AttnRL is held against.
-    assert "AttnRL less GRPO, 8 responses, avg@8 at equal sampled tokens: +12.5 (+12.5" in text
-    assert "AttnRL less TreeRL: -12.5" in text
+    assert "AttnRL less GRPO, 8 responses, avg@8 at the end: +12.5 (+12.5" in text
+    assert "AttnRL less TreeRL, avg@8 at the end: -12.5" in text
     assert "reaches the final accuracy of GRPO, 8 responses with 64 (64 to 64) %" in text
     assert "reaches the final accuracy of TreeRL with more than 100" in text
     lines = text.splitlines()
