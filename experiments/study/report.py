@@ -86,9 +86,8 @@ def _answers(methods: Mapping[str, Runs]) -> str:
             f"{_points(comparison.lead(ours, methods[grpo]))} points"
         )
     if TREE in methods:
-        lines.append(
-            f"- {OURS} less {TREE}, avg@8 at the end: {_points(comparison.lead(ours, methods[TREE]))} points"
-        )
+        over_tree = _points(comparison.lead(ours, methods[TREE]))
+        lines.append(f"- {OURS} less {TREE}, avg@8 at the end: {over_tree} points")
     for name in (grpo, TREE):
         if name in methods:
             theirs = methods[name]
