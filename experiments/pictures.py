@@ -53,14 +53,14 @@ def draw_mean(panel: Any, curve: Curve | None, style: Mapping[str, Any], index: 
 
 
 def label_axis(panel: Any, axis: str) -> None:
-    """Names the horizontal axis: `step`, `sampled_tokens` or `minutes`."""
+    """Names the horizontal axis: `step`, `sampled_tokens`, `trained_tokens` or `minutes`."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     panel.grid(alpha=0.3)
     panel.set_xlabel({"step": "training step"}.get(axis, axis.replace("_", " ")))
     if axis == "step":
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if axis == "sampled_tokens":
+    if axis.endswith("_tokens"):
         panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 

@@ -17,7 +17,7 @@ AXES: tuple[tuple[Axis, float, str], ...] = (
     ("seconds", 1 / 60, "minutes"),
 )
 # Lines of the curves; the others are in the last panel alone.
-SHOWN = ("GRPO", "GRPO, 8 responses", "TreeRL", "random steps", "AttnRL")
+SHOWN = ("GRPO", "GRPO, 8 responses", "TreeRL", "random steps", "AttnRL", "AttnRL, on-policy")
 # Told apart without colour as well.
 STYLES = (
     {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
@@ -25,6 +25,7 @@ STYLES = (
     {"color": "#d55e00", "linestyle": "-.", "marker": "^"},
     {"color": "#009e73", "linestyle": (0, (1, 1)), "marker": "v"},
     {"color": "#0072b2", "linestyle": "-", "marker": "o"},
+    {"color": "#56b4e9", "linestyle": (0, (5, 1)), "marker": "P"},
 )
 PLACES = 13
 
@@ -50,7 +51,9 @@ def draw(path: Path, methods: Mapping[str, Runs], ours: str) -> None:
             begin = max(getattr(run.curve[0], axis) for run in runs.values())
             places = np.linspace(begin, comparison.last(runs, axis), PLACES)
             values = comparison.curves(runs, axis, places)
-            legend[name] = draw_mean(panel, (scale * places, values), style, index, band=True)
+            # More bands would hide the lines.
+            band = name in (ours, "GRPO", "TreeRL")
+            legend[name] = draw_mean(panel, (scale * places, values), style, index, band)
         label_axis(panel, label)
         panel.sharey(panels[0])
     panels[0].set_ylabel("held-out accuracy")

@@ -93,6 +93,7 @@ def _answers(methods: Mapping[str, Runs]) -> str:
             theirs = methods[name]
             most = min(comparison.last(r, "trained_tokens") for r in (ours, theirs))
             axes: tuple[tuple[Axis, float], ...] = (
+                ("sampled_tokens", BUDGET / 2),
                 ("sampled_tokens", BUDGET),
                 ("trained_tokens", most),
             )
@@ -100,6 +101,12 @@ def _answers(methods: Mapping[str, Runs]) -> str:
                 at = comparison.lead_at(ours, theirs, axis, place)
                 lines.append(
                     f"- {OURS} less {name} at {place:,.0f} {axis.replace('_', ' ')}, on the "
+                    f"held-out problems: {_points(at)} points"
+                )
+            if ON_POLICY in methods:
+                at = comparison.lead_at(methods[ON_POLICY], theirs, "sampled_tokens", BUDGET / 2)
+                lines.append(
+                    f"- {ON_POLICY} less {name} at {BUDGET / 2:,.0f} sampled tokens, on the "
                     f"held-out problems: {_points(at)} points"
                 )
             reached = comparison.tokens_to_reach(ours, theirs)
