@@ -375,7 +375,9 @@ def test_a_lost_question_is_not_remembered():
         # Both workers are busy when the third is asked.
         pending = fresh.submit([hang(6), hang(7), surd(2)])
         fresh.close()
-        assert pending.result().counts == JudgeCounts(failures=3)
+        # On a busy machine a worker that was just starting is ended by its time limit instead.
+        counts = pending.result().counts
+        assert counts.failures + counts.timeouts == sum(counts) == 3
         assert fresh.judge_many([surd(2)]).counts == JudgeCounts(verified=1)
 
 

@@ -117,7 +117,7 @@ def test_trained_rows_belong_to_problems_with_both_outcomes(off_policy):
         distinct = {
             (int(rows.root[row]) if t < rows.split[row] else int(row), t)
             for row in np.flatnonzero(report.trained)
-            for t in range(int(response_tokens(rows)[row]))
+            for t in range(int(rows.length[row] - rows.prompt_length[row]))
         }
         assert report.metrics["tokens/trained_distinct"] == len(distinct)
 
