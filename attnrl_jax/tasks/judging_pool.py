@@ -23,6 +23,7 @@ import select
 import signal
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -76,6 +77,8 @@ class PooledJudge:
         self._pool: Any = None
         self._lock = threading.Lock()
         self._inflight: set[concurrent.futures.Future] = set()
+        # By `close`: a pool that is stopped may say of its questions that it broke down.
+        self._given_up: weakref.WeakSet[concurrent.futures.Future] = weakref.WeakSet()
         # In order of use.
         self._recent: OrderedDict[Question, concurrent.futures.Future] = OrderedDict()
 
@@ -111,6 +114,12 @@ class PooledJudge:
     def close(self) -> None:
         """Stops the workers; answers still under way become failures. Idempotent."""
         with self._lock:
+            # A copy: futures that finish leave it in threads of the pool.
+            self._given_up.update(self._inflight.copy())
+        self._stop_pool()
+
+    def _stop_pool(self) -> None:
+        with self._lock:
             pool, self._pool = self._pool, None
             abandoned = self._inflight.copy()
         if pool is not None:
@@ -120,6 +129,12 @@ class PooledJudge:
         for future in abandoned:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(RuntimeError("the judge was closed"))
+
+    def _was_lost_with_its_pool(self, future: concurrent.futures.Future) -> bool:
+        """Not by a crash of its own worker (ProcessExpired), nor to a time limit or `close`."""
+        if not future.done() or future.cancelled() or future in self._given_up:
+            return False
+        return isinstance(future.exception(), BrokenProcessPool)
 
     def _try_to_read(self, response_text: str, answers: Sequence[str]) -> Outcome | Question:
         """`read`; an answer on which it fails is lost, and the run is not."""
@@ -154,7 +169,7 @@ class PooledJudge:
             # pebble: the pool was stopped or has broken down; or no process can be started.
             except (RuntimeError, OSError) as error:
                 logger.warning("the pool of judging workers is started anew: %s", error)
-                self.close()
+                self._stop_pool()
         failed: concurrent.futures.Future = concurrent.futures.Future()
         failed.set_exception(RuntimeError("the pool of judging workers does not start"))
         return failed
@@ -216,7 +231,7 @@ class _Asked:
         again = {
             future: self._judge._ask(question)
             for future, question in questions.items()
-            if _was_lost_with_its_pool(future)
+            if self._judge._was_lost_with_its_pool(future)
         }
         if again:
             self._outcomes = [
@@ -241,13 +256,6 @@ class _Asked:
 
     def _wait(self) -> None:
         self._judge._wait([o for o in self._outcomes if isinstance(o, concurrent.futures.Future)])
-
-
-def _was_lost_with_its_pool(future: concurrent.futures.Future) -> bool:
-    """Not by a crash of its own worker (ProcessExpired), nor to a time limit."""
-    if not future.done() or future.cancelled():
-        return False
-    return isinstance(future.exception(), BrokenProcessPool)
 
 
 def _outcome_of(future: concurrent.futures.Future) -> tuple[str, float]:
