@@ -20,7 +20,7 @@ from experiments.curves import Point, evaluations
 from experiments.folders import write_atomically
 from experiments.plan import ROOT, Run
 from experiments.records import METRICS_FILE, read_metrics
-from experiments.study.policies import SAMPLES, answers_of, policy_of
+from experiments.study.policies import answers_of, policy_of
 from experiments.study.protocol import name_of
 
 # Of every step; the rest is in the curve.
@@ -53,12 +53,6 @@ class Outcome:
     greedy: Int[np.ndarray, "problem"] | None
     sampled: Int[np.ndarray, "problem"] | None
 
-    @property
-    def accuracy(self) -> float:
-        """avg@8 of the test."""
-        assert self.sampled is not None
-        return float(self.sampled.mean() / SAMPLES)
-
 
 def file_of(run: Run, folder: Path) -> Path:
     """Where a run's outcome is kept."""
@@ -81,7 +75,7 @@ def record(run: Run, path: Path, with_test: bool) -> None:
         "method": name_of(run.overrides),
         "learning_rate": run.overrides["optimizer.learning_rate"],
         "seed": run.overrides["seed"],
-        "overrides": {k: v for k, v in run.overrides.items()},
+        "overrides": run.overrides,
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.default_backend()}",

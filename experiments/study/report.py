@@ -88,10 +88,10 @@ def _answers(methods: Mapping[str, Runs]) -> str:
     if TREE in methods:
         over_tree = _points(comparison.lead(ours, methods[TREE]))
         lines.append(f"- {OURS} less {TREE}, avg@8 at the end: {over_tree} points")
+    most = min(comparison.last(runs, "trained_tokens") for runs in methods.values())
     for name in (grpo, TREE):
         if name in methods:
             theirs = methods[name]
-            most = min(comparison.last(r, "trained_tokens") for r in (ours, theirs))
             axes: tuple[tuple[Axis, float], ...] = (
                 ("sampled_tokens", BUDGET / 2),
                 ("sampled_tokens", BUDGET),

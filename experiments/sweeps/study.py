@@ -2,6 +2,8 @@
 
 Command:   python -m experiments.study compare
 Hardware:  2 CPU cores
+Time:      44 minutes for 50 of the 55 runs with the test, two processes at a time (a core each)
+Result:    experiments/results/study/report.md
 """
 
 from experiments.study import protocol

@@ -2,6 +2,8 @@
 
 Command:   python -m experiments.study tune
 Hardware:  2 CPU cores
+Time:      about 50 minutes, two processes at a time, beside other work
+Result:    experiments/results/study/report.md
 """
 
 from experiments.study import protocol

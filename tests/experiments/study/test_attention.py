@@ -13,6 +13,7 @@ from experiments.compass import open_policy
 from experiments.study import attention, report
 from experiments.study.graph_steps import graph_steps
 from experiments.study.policies import answers_of
+from experiments.study.reading import read_responses
 from experiments.terminal import make_console
 
 PROBLEMS = GraphSource(GraphTaskConfig(), "held_out", seed=5, size=33)
@@ -25,7 +26,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def reads(policy):
-    return attention.read_responses(policy, PROBLEMS)
+    return read_responses(policy, PROBLEMS)
 
 
 @pytest.mark.parametrize("hasty", [0.0, 1.0])
