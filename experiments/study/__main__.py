@@ -5,11 +5,12 @@
     python -m experiments.study attention
     python -m experiments.study report
 
-`tune` runs every method at every learning rate, `compare` every method at its own over five seeds,
-one run after the other; `attention` asks where attention points. Each goes on where it was stopped
-and skips what has its outcome in experiments/results/study already: `--results=DIR` begins anew in
-another folder. The same command given twice at the same time shares the runs out (and makes their
-wall clock worthless). `report` writes tables and figure from the outcomes.
+There are two comparisons; `--comparison=second` asks for the second one. `tune` runs every method at
+every learning rate, `compare` every method at its own with all seeds, one run after the other;
+`attention` asks where attention points. Each goes on where it was stopped and skips what has its
+outcome in experiments/results/study already: `--results=DIR` begins anew in another folder. The
+same command given twice at the same time shares the runs out (and makes their wall clock
+worthless). `report` writes tables and figure from the outcomes.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ from experiments.results import log_path
 from experiments.study import attention, report
 from experiments.study.outcomes import file_of, record
 from experiments.study.policies import policy_of
-from experiments.study.protocol import RESULTS, SEEDS, name_of
+from experiments.study.protocol import COMPARISONS, FIRST, RESULTS, name_of
 from experiments.sweep import execute
 from experiments.tasks import Policy
 from experiments.terminal import make_console, working
 
-SWEEPS = ROOT / "experiments" / "sweeps"
+# Of each comparison: what tunes, what compares.
+SWEEPS = {
+    "first": ("study_tuning.py", "study.py"),
+    "second": ("study_second_tuning.py", "study_second.py"),
+}
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -98,28 +103,36 @@ def policies(workdir: Path) -> dict[str, Callable[[], Policy]]:
     """What opens the policies whose attention is looked at: the pretrained one, and the one that
     AttnRL made of it with the first seed, once that run has ended."""
     found: dict[str, Callable[[], Policy]] = {"pretrained": open_policy}
-    for run in plan(load_sweep(SWEEPS / "study.py"), workdir / "compare"):
-        own = name_of(run.overrides) == report.OURS and run.overrides["seed"] == SEEDS[0]
+    for run in plan(load_sweep(_sweep("study.py")), workdir / "compare"):
+        own = name_of(run.overrides) == report.OURS and run.overrides["seed"] == FIRST.seeds[0]
         if own and run.result().state == "finished":
             found["after AttnRL"] = functools.partial(policy_of, run.folder)
     return found
 
 
+def _sweep(name: str) -> Path:
+    return ROOT / "experiments" / "sweeps" / name
+
+
 def main(arguments: argparse.Namespace) -> None:
     console = make_console(arguments.quiet)
+    protocol = COMPARISONS[arguments.comparison]
     results, workdir = arguments.results, arguments.workdir.absolute()
+    own = results / protocol.folder
     # Of the runs, which are processes of their own.
     os.environ.setdefault(CACHE, str(workdir / "compiled"))
     if arguments.part == "report":
-        text = report.write(results)
+        text = report.write(own, protocol)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     elif arguments.part == "attention":
         attention.write(results, policies(workdir), console)
     else:
         tuned = arguments.part == "tune"
-        sweep = SWEEPS / ("study_tuning.py" if tuned else "study.py")
-        folder = results / ("tuning" if tuned else "comparison")
-        failed = run_all(sweep, folder, workdir / arguments.part, not tuned, console)
+        tuning, comparison = SWEEPS[arguments.comparison]
+        sweep = _sweep(tuning if tuned else comparison)
+        folder = own / ("tuning" if tuned else "comparison")
+        runs = workdir / protocol.folder / arguments.part
+        failed = run_all(sweep, folder, runs, not tuned, console)
         if failed:
             print(f"error: {failed} runs failed", file=sys.stderr)
             sys.exit(1)
@@ -129,6 +142,9 @@ def command() -> None:
     """The command line."""
     made = parser(__doc__, "study")
     made.add_argument("part", choices=("tune", "compare", "attention", "report"))
+    made.add_argument(
+        "--comparison", choices=(*COMPARISONS,), default="first", help="which of them"
+    )
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the outcomes")
     made.add_argument(
         "--workdir", type=Path, default=Path("runs") / "study", help="folder of the runs"

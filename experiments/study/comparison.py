@@ -13,7 +13,7 @@ from attnrl_jax.tasks.graph import GraphTaskConfig
 from experiments.study import bootstrap
 from experiments.study.outcomes import Outcome
 from experiments.study.policies import SAMPLES
-from experiments.study.protocol import BUDGET, METHODS
+from experiments.study.protocol import Protocol
 
 Axis = Literal["sampled_tokens", "trained_tokens", "seconds"]
 Runs = Mapping[int, Outcome]
@@ -23,13 +23,13 @@ PLACES = 301
 DIFFICULTIES = ((2, 5), (6, 9), (10, 12))
 
 
-def by_method(outcomes: Sequence[Outcome]) -> dict[str, dict[int, Outcome]]:
+def by_method(outcomes: Sequence[Outcome], protocol: Protocol) -> dict[str, dict[int, Outcome]]:
     """The runs of every method that has any, by seed; methods in the order of the protocol.
 
     Raises:
       ValueError: two runs of a method have the same seed, so different learning rates.
     """
-    found: dict[str, dict[int, Outcome]] = {name: {} for name in METHODS}
+    found: dict[str, dict[int, Outcome]] = {name: {} for name in protocol.methods}
     for outcome in outcomes:
         runs = found[outcome.method]
         if outcome.seed in runs:
@@ -99,11 +99,11 @@ def lead_at(one: Runs, other: Runs, axis: Axis, place: float) -> Estimate:
     return bootstrap.interval(curves(ours, axis, at) - curves(theirs, axis, at))
 
 
-def tokens_to_reach(one: Runs, other: Runs) -> Estimate:
+def tokens_to_reach(one: Runs, other: Runs, budget: int) -> Estimate:
     """Sampled tokens at which one method's mean curve first is where another's is at the budget,
     as a share of the budget; infinite where it never is. The interval is over seeds, paired."""
     ours, theirs = common(one, other)
-    places = np.linspace(0, BUDGET, PLACES)
+    places = np.linspace(0, budget, PLACES)
     mine = curves(ours, "sampled_tokens", places)
     level = curves(theirs, "sampled_tokens", places[-1:])[:, 0]
 
@@ -111,7 +111,7 @@ def tokens_to_reach(one: Runs, other: Runs) -> Estimate:
         """For each resample, with how often it has each seed."""
         curve, wanted = weights @ mine / len(mine), weights @ level / len(mine)
         above = curve >= wanted[:, None]
-        return np.where(above.any(axis=1), places[above.argmax(axis=1)] / BUDGET, np.inf)
+        return np.where(above.any(axis=1), places[above.argmax(axis=1)] / budget, np.inf)
 
     drawn = bootstrap.draws(len(mine), seed=0).astype(float)
     whole = reached(np.ones((1, len(mine))))[0]

@@ -17,7 +17,10 @@ AXES: tuple[tuple[Axis, float, str], ...] = (
     ("seconds", 1 / 60, "minutes"),
 )
 # Lines of the curves; the others are in the last panel alone.
-SHOWN = ("GRPO", "GRPO, 8 responses", "TreeRL", "random steps", "AttnRL", "AttnRL, on-policy")
+SHOWN = (
+    "GRPO", "GRPO, 8 responses", "TreeRL", "random steps", "AttnRL", "AttnRL, on-policy",
+    "GRPO, 16 responses", "AttnRL, random steps",
+)  # fmt: skip
 # Told apart without colour as well.
 STYLES = (
     {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
@@ -26,6 +29,8 @@ STYLES = (
     {"color": "#009e73", "linestyle": (0, (1, 1)), "marker": "v"},
     {"color": "#0072b2", "linestyle": "-", "marker": "o"},
     {"color": "#56b4e9", "linestyle": (0, (5, 1)), "marker": "P"},
+    {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
+    {"color": "#009e73", "linestyle": (0, (1, 1)), "marker": "v"},
 )
 PLACES = 13
 
@@ -44,6 +49,7 @@ def draw(path: Path, methods: Mapping[str, Runs], ours: str) -> None:
     )
     shown = [name for name in SHOWN if name in methods]
     legend = {}
+    first_grpo = [name for name in shown if name.startswith("GRPO")][:1]
     for panel, (axis, scale, label) in zip(panels, AXES, strict=False):
         for index, name in enumerate(shown):
             runs = methods[name]
@@ -52,7 +58,7 @@ def draw(path: Path, methods: Mapping[str, Runs], ours: str) -> None:
             places = np.linspace(begin, comparison.last(runs, axis), PLACES)
             values = comparison.curves(runs, axis, places)
             # More bands would hide the lines.
-            band = name in (ours, "GRPO", "TreeRL")
+            band = name in (ours, "TreeRL", *first_grpo)
             legend[name] = draw_mean(panel, (scale * places, values), style, index, band)
         label_axis(panel, label)
         panel.sharey(panels[0])

@@ -37,7 +37,7 @@ class Outcome:
     """One run.
 
     Attributes:
-      method: by its name in `protocol.METHODS`.
+      method: by its name in `Protocol.methods`.
       learning_rate, seed: of the run.
       curve: its evaluations on the held-out problems.
       per_step: values of the metrics `PER_STEP`, of every step.

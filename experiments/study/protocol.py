@@ -3,44 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CONFIG = "experiments/configs/attnrl_graph.py"
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
+LEARNING_RATES = (1e-4, 2e-4, 4e-4)
+TUNING_SEEDS = (100, 101)
 
-# Sampled tokens after which a run ends; the default run samples 400,000.
-BUDGET = 150_000
-COMMON: dict[str, Any] = {
-    "steps": 1000,
-    "max_sampled_tokens": BUDGET,
-    # Of every method: an update for about every 96 rows that are trained on (the paper: 192), as
-    # what is learned depends on the number of updates more than on the rows in one.
-    "mini_batch_rows": 96,
-    "eval_every": 2,
-    "data.held_out_size": 256,
-    # The state at the end is all that is read.
-    "checkpoint_every": 1000,
-    "keep_checkpoints": 1,
-    "keep_best": 0,
-    "trees.per_step": 0,
-}
+
+@dataclass(frozen=True)
+class Protocol:
+    """One comparison of the study.
+
+    Attributes:
+      folder: of its outcomes, in that of all results.
+      budget: sampled tokens after which a run ends.
+      common: what all of its runs override.
+      methods: name of a method in tables, and what it overrides.
+      further_rates: of methods whose best of `LEARNING_RATES` was at an end of these.
+      close_rates: of methods whose best two of the first tuning seed were within 2 points: a second
+        seed decided between them.
+      chosen: learning rate of each method, by the recorded outcomes of the tuning.
+      seeds: of the comparison.
+    """
+
+    folder: str
+    budget: int
+    common: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]]
+    further_rates: Mapping[str, tuple[float, ...]]
+    close_rates: Mapping[str, tuple[float, float]]
+    chosen: Mapping[str, float]
+    seeds: tuple[int, ...]
+
+    def tuning(self) -> list[dict[str, Any]]:
+        """Overrides of each run that chooses a learning rate."""
+        first, second = TUNING_SEEDS
+        points = [(name, rate, first) for rate in LEARNING_RATES for name in self.methods]
+        points += [(name, rate, first) for name, r in self.further_rates.items() for rate in r]
+        points += [(name, rate, second) for name, r in self.close_rates.items() for rate in r]
+        return [self._run(*point) for point in points]
+
+    def comparison(self) -> list[dict[str, Any]]:
+        """Overrides of each run that is compared.
+
+        The method varies faster: a sweep that is stopped has compared all methods on fewer seeds.
+        """
+        return [
+            self._run(name, rate, seed) for seed in self.seeds for name, rate in self.chosen.items()
+        ]
+
+    def _run(self, name: str, rate: float, seed: int) -> dict[str, Any]:
+        return {**self.methods[name], "optimizer.learning_rate": rate, "seed": seed}
+
+
+def _common(budget: int, rows: int, eval_every: int) -> dict[str, Any]:
+    return {
+        "steps": 1000,
+        "max_sampled_tokens": budget,
+        # Of every method: an update for about as many rows that are trained on, as what is learned
+        # depends on the number of updates more than on the rows in one.
+        "mini_batch_rows": rows,
+        "eval_every": eval_every,
+        "data.held_out_size": 256,
+        # The state at the end is all that is read.
+        "checkpoint_every": 1000,
+        "keep_checkpoints": 1,
+        "keep_best": 0,
+        "trees.per_step": 0,
+    }
+
+
+def _shape(responses: int, positions: int, continuations: int) -> dict[str, int]:
+    """Responses of a problem, branch positions of each, continuations of these. Where nothing
+    branches, n (1 + N C) responses."""
+    return {
+        "num_responses": responses,
+        "branching.num_positions": positions,
+        "branching.num_continuations": continuations,
+    }
+
 
 # As TreeRL and GRPO are published: two rounds of generation (or one), and as many problems in every
 # step.
 _ON_POLICY = {"schedule": "on_policy", "batch_size.adaptive": False}
 _ATTNRL = {"method": "attnrl", "num_problems": 8}
 
-# Name of a method in tables, and what it overrides.
-METHODS: dict[str, dict[str, Any]] = {
+_METHODS: dict[str, dict[str, Any]] = {
     "GRPO": {"method": "grpo", "num_problems": 8, **_ON_POLICY},
     # 8 responses a problem rather than 30, of four times as many problems: n (1 + N C) = 4 * 2.
     "GRPO, 8 responses": {
         "method": "grpo",
         "num_problems": 30,
-        "num_responses": 4,
-        "branching.num_positions": 1,
-        "branching.num_continuations": 1,
+        **_shape(4, 1, 1),
         **_ON_POLICY,
     },
     "TreeRL": {"method": "treerl", "num_problems": 8, **_ON_POLICY},
@@ -58,37 +115,64 @@ METHODS: dict[str, dict[str, Any]] = {
     "AttnRL, on-policy": {**_ATTNRL, "schedule": "on_policy"},
 }
 
-LEARNING_RATES = (1e-4, 2e-4, 4e-4)
-# Where the best of these was at an end, the grid went on.
-FURTHER_RATES: dict[str, tuple[float, ...]] = {
-    "TreeRL": (8e-4,),
-    "AttnRL, left to right": (5e-5,),
-    "AttnRL, all expanded": (5e-5,),
-}
-# Where the best two were within 2 points, a second seed decided between them.
-CLOSE_RATES: dict[str, tuple[float, float]] = {
-    "GRPO": (1e-4, 2e-4),
-    "TreeRL": (2e-4, 4e-4),
-    "random steps": (1e-4, 2e-4),
-    "AttnRL, left to right": (1e-4, 2e-4),
-    "AttnRL, all expanded": (1e-4, 2e-4),
-}
-# Of each method, by the recorded outcomes of the tuning.
-CHOSEN: dict[str, float] = {
-    "GRPO": 2e-4,
-    "GRPO, 8 responses": 2e-4,
-    "TreeRL": 2e-4,
-    "random steps": 2e-4,
-    "AttnRL": 2e-4,
-    "AttnRL, left to right": 1e-4,
-    "AttnRL, random steps": 2e-4,
-    "AttnRL, entropy": 2e-4,
-    "AttnRL, all expanded": 1e-4,
-    "AttnRL, fixed batch": 2e-4,
-    "AttnRL, on-policy": 2e-4,
-}
-TUNING_SEEDS = (100, 101)
-SEEDS = (0, 1, 2, 3, 4)
+# The default run samples 400,000 tokens, with updates of all rows of a step.
+FIRST = Protocol(
+    folder="",
+    budget=150_000,
+    common=_common(150_000, rows=96, eval_every=2),
+    methods=_METHODS,
+    further_rates={
+        "TreeRL": (8e-4,),
+        "AttnRL, left to right": (5e-5,),
+        "AttnRL, all expanded": (5e-5,),
+    },
+    close_rates={
+        "GRPO": (1e-4, 2e-4),
+        "TreeRL": (2e-4, 4e-4),
+        "random steps": (1e-4, 2e-4),
+        "AttnRL, left to right": (1e-4, 2e-4),
+        "AttnRL, all expanded": (1e-4, 2e-4),
+    },
+    chosen={
+        "GRPO": 2e-4,
+        "GRPO, 8 responses": 2e-4,
+        "TreeRL": 2e-4,
+        "random steps": 2e-4,
+        "AttnRL": 2e-4,
+        "AttnRL, left to right": 1e-4,
+        "AttnRL, random steps": 2e-4,
+        "AttnRL, entropy": 2e-4,
+        "AttnRL, all expanded": 1e-4,
+        "AttnRL, fixed batch": 2e-4,
+        "AttnRL, on-policy": 2e-4,
+    },
+    seeds=(0, 1, 2, 3, 4),
+)
+
+# n, N and C of the small trees: 4 initial responses, of which each branches once, into one more.
+_SMALL = _shape(4, 1, 1)
+_SMALL_ATTNRL = {"method": "attnrl", "num_problems": 8, **_SMALL}
+# Smaller trees, steps and updates, half of the tokens, other seeds: what the first said is missing.
+SECOND = Protocol(
+    folder="second",
+    budget=75_000,
+    common=_common(75_000, rows=48, eval_every=3),
+    methods={
+        "GRPO, 8 responses": {"method": "grpo", "num_problems": 15, **_SMALL, **_ON_POLICY},
+        "GRPO, 16 responses": {
+            "method": "grpo", "num_problems": 8, **_shape(4, 3, 1), **_ON_POLICY,
+        },
+        "TreeRL": {"method": "treerl", "num_problems": 4, **_ON_POLICY},
+        "AttnRL": _SMALL_ATTNRL,
+        "AttnRL, random steps": {**_SMALL_ATTNRL, "branching.rule": "random"},
+        "AttnRL, on-policy": {**_SMALL_ATTNRL, "schedule": "on_policy"},
+    },
+    further_rates={},
+    close_rates={},
+    chosen={},
+    seeds=(5, 6, 7, 8, 9, 10, 11, 12),
+)  # fmt: skip
+COMPARISONS = {"first": FIRST, "second": SECOND}
 
 
 def name_of(overrides: Mapping[str, Any]) -> str:
@@ -98,7 +182,8 @@ def name_of(overrides: Mapping[str, Any]) -> str:
       ValueError: of none.
     """
     own = {k: v for k, v in overrides.items() if k not in ("seed", "optimizer.learning_rate")}
-    for name, method in METHODS.items():
-        if method == own:
-            return name
+    for protocol in COMPARISONS.values():
+        for name, method in protocol.methods.items():
+            if method == own:
+                return name
     raise ValueError(f"no method of the study overrides {own}")

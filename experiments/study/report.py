@@ -14,20 +14,21 @@ from experiments.study import bootstrap, comparison
 from experiments.study.comparison import DIFFICULTIES, Axis, Runs
 from experiments.study.figure import draw
 from experiments.study.outcomes import read_all
-from experiments.study.protocol import BUDGET
+from experiments.study.protocol import Protocol
 from experiments.tables import table
 
 OURS = "AttnRL"
-GRPO = ("GRPO", "GRPO, 8 responses")
+GRPO = ("GRPO", "GRPO, 8 responses", "GRPO, 16 responses")
 TREE = "TreeRL"
 ON_POLICY = "AttnRL, on-policy"
 
 
-def write(results: Path) -> str:
+def write(results: Path, protocol: Protocol) -> str:
     """Writes `report.md` and `study.png` into the folder of the outcomes.
 
     Args:
       results: with `tuning/`, `comparison/` and `attention.json`, as far as they are there.
+      protocol: of the comparison.
 
     Returns:
       the text of the report.
@@ -35,11 +36,11 @@ def write(results: Path) -> str:
     Raises:
       ValueError: there are no outcomes of the comparison, or none of AttnRL.
     """
-    methods = comparison.by_method(read_all(results / "comparison"))
+    methods = comparison.by_method(read_all(results / "comparison"), protocol)
     if OURS not in methods:
         raise ValueError(f"{results / 'comparison'} has no outcome of {OURS} yet")
     tuning = comparison.tuning_scores(read_all(results / "tuning"))
-    parts = ["# Outcomes of the study", _answers(methods)]
+    parts = ["# Outcomes of the study", _answers(methods, protocol.budget)]
     parts += ["## Methods", _methods(methods), _NOTE]
     parts += ["## By length of the problem", _by_difficulty(methods)]
     parts += ["## Learning rates", _tuning(tuning)]
@@ -75,10 +76,10 @@ def best_grpo(methods: Mapping[str, Runs]) -> str:
     return max(there, key=lambda name: comparison.correct(methods[name]).mean())
 
 
-def _answers(methods: Mapping[str, Runs]) -> str:
+def _answers(methods: Mapping[str, Runs], budget: int) -> str:
     """What was asked first, each in a line."""
     ours = methods[OURS]
-    lines = [f"Runs of {len(ours)} seeds, {BUDGET:,} sampled tokens each."]
+    lines = [f"Runs of {len(ours)} seeds, {budget:,} sampled tokens each."]
     grpo = best_grpo(methods) if any(name in methods for name in GRPO) else None
     if grpo:
         lines.append(
@@ -93,8 +94,8 @@ def _answers(methods: Mapping[str, Runs]) -> str:
         if name in methods:
             theirs = methods[name]
             axes: tuple[tuple[Axis, float], ...] = (
-                ("sampled_tokens", BUDGET / 2),
-                ("sampled_tokens", BUDGET),
+                ("sampled_tokens", budget / 2),
+                ("sampled_tokens", budget),
                 ("trained_tokens", most),
             )
             for axis, place in axes:
@@ -104,12 +105,12 @@ def _answers(methods: Mapping[str, Runs]) -> str:
                     f"held-out problems: {_points(at)} points"
                 )
             if ON_POLICY in methods:
-                at = comparison.lead_at(methods[ON_POLICY], theirs, "sampled_tokens", BUDGET / 2)
+                at = comparison.lead_at(methods[ON_POLICY], theirs, "sampled_tokens", budget / 2)
                 lines.append(
-                    f"- {ON_POLICY} less {name} at {BUDGET / 2:,.0f} sampled tokens, on the "
+                    f"- {ON_POLICY} less {name} at {budget / 2:,.0f} sampled tokens, on the "
                     f"held-out problems: {_points(at)} points"
                 )
-            reached = comparison.tokens_to_reach(ours, theirs)
+            reached = comparison.tokens_to_reach(ours, theirs, budget)
             lines.append(f"- {OURS} reaches the final accuracy of {name} with {_reach(reached)}")
     if ON_POLICY in methods:
         two = methods[ON_POLICY]

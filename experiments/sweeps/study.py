@@ -1,4 +1,4 @@
-"""The study's comparison (docs/study.md): every method at its learning rate, five seeds.
+"""The study's first comparison (docs/study.md): every method at its learning rate, five seeds.
 
 Command:   python -m experiments.study compare
 Hardware:  2 CPU cores
@@ -9,13 +9,8 @@ Result:    experiments/results/study/report.md
 from experiments.study import protocol
 
 CONFIG = protocol.CONFIG
-COMMON = protocol.COMMON
+COMMON = protocol.FIRST.common
 
 
 def get_sweep():
-    # The method varies faster: a sweep that is stopped has compared all methods on fewer seeds.
-    return [
-        method | {"optimizer.learning_rate": protocol.CHOSEN[name], "seed": seed}
-        for seed in protocol.SEEDS
-        for name, method in protocol.METHODS.items()
-    ]
+    return protocol.FIRST.comparison()

@@ -1,0 +1,16 @@
+"""The study's second comparison (docs/study.md): small trees, small steps, eight other seeds.
+
+Command:   python -m experiments.study compare --comparison=second
+Hardware:  2 CPU cores
+Time:      not measured yet
+Result:    experiments/results/study/second/report.md
+"""
+
+from experiments.study import protocol
+
+CONFIG = protocol.CONFIG
+COMMON = protocol.SECOND.common
+
+
+def get_sweep():
+    return protocol.SECOND.comparison()
