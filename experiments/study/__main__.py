@@ -3,14 +3,15 @@
     python -m experiments.study tune
     python -m experiments.study compare
     python -m experiments.study attention
+    python -m experiments.study signal
     python -m experiments.study report
 
-There are two comparisons; `--comparison=second` asks for the second one. `tune` runs every method at
+There are two comparisons; `--comparison=second` asks for the second. `tune` runs every method at
 every learning rate, `compare` every method at its own with all seeds, one run after the other;
-`attention` asks where attention points. Each goes on where it was stopped and skips what has its
-outcome in experiments/results/study already: `--results=DIR` begins anew in another folder. The
-same command given twice at the same time shares the runs out (and makes their wall clock
-worthless). `report` writes tables and figure from the outcomes.
+`attention` asks where attention points, `signal` how far gradients point uphill. Each goes on where
+it was stopped and skips what has its outcome in experiments/results/study already: `--results=DIR`
+begins anew in another folder. `tune` or `compare` given twice at the same time shares the runs out
+(and makes their wall clock worthless). `report` writes tables and figure from the outcomes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from experiments.commands import guarded, parser
 from experiments.compass import open_policy
 from experiments.plan import ROOT, Run, load_sweep, plan, shown
 from experiments.results import log_path
-from experiments.study import attention, report
+from experiments.study import attention, report, signal
 from experiments.study.outcomes import file_of, record
 from experiments.study.policies import policy_of
 from experiments.study.protocol import COMPARISONS, FIRST, RESULTS, name_of
@@ -44,6 +45,7 @@ SWEEPS = {
     "first": ("study_tuning.py", "study.py"),
     "second": ("study_second_tuning.py", "study_second.py"),
 }
+PARTS = ("tune", "compare", "attention", "signal", "report")
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -126,6 +128,8 @@ def main(arguments: argparse.Namespace) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     elif arguments.part == "attention":
         attention.write(results, policies(workdir), console)
+    elif arguments.part == "signal":
+        signal.write(results, open_policy, console)
     else:
         tuned = arguments.part == "tune"
         tuning, comparison = SWEEPS[arguments.comparison]
@@ -141,7 +145,7 @@ def main(arguments: argparse.Namespace) -> None:
 def command() -> None:
     """The command line."""
     made = parser(__doc__, "study")
-    made.add_argument("part", choices=("tune", "compare", "attention", "report"))
+    made.add_argument("part", choices=PARTS)
     made.add_argument(
         "--comparison", choices=(*COMPARISONS,), default="first", help="which of them"
     )

@@ -15,6 +15,7 @@ from experiments.study.comparison import DIFFICULTIES, Axis, Runs
 from experiments.study.figure import draw
 from experiments.study.outcomes import read_all
 from experiments.study.protocol import Protocol
+from experiments.study.signal import signal
 from experiments.tables import table
 
 OURS = "AttnRL"
@@ -47,6 +48,9 @@ def write(results: Path, protocol: Protocol) -> str:
     attention = results / "attention.json"
     if attention.exists():
         parts += ["## Attention", attention_tables(json.loads(attention.read_text()))]
+    measured = results / "signal.json"
+    if measured.exists():
+        parts += ["## Signal of the gradient", signal_table(json.loads(measured.read_text()))]
     text = "\n\n".join(parts) + "\n"
     write_atomically(results / "report.md", text)
     draw(results / "study.png", methods, OURS)
@@ -180,6 +184,28 @@ def _tuning(tuning: Mapping[str, Mapping[float, Sequence[float]]]) -> str:
         + "\n\nHeld-out accuracy, mean of the last two evaluations, of each tuning seed; "
         "* is the rate that was chosen."
     )
+
+
+def signal_table(found: Mapping[str, Mapping]) -> str:
+    """Of each method, how far its gradients point uphill.
+
+    Args:
+      found: of `signal.json`.
+    """
+    rows = [["method", "steps", "tokens a step", "cosine", "signal of 10,000 tokens"]]
+    for name, of in found.items():
+        cosine, tokens = np.array(of["cosine"]), np.array(of["tokens"])
+        measured = signal(cosine, tokens)
+        rows.append(
+            [
+                name,
+                str(len(cosine)),
+                f"{tokens.mean():,.0f}",
+                f"{cosine.mean():.3f}",
+                f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})",
+            ]
+        )
+    return table(rows)
 
 
 def attention_tables(found: Mapping[str, Mapping]) -> str:

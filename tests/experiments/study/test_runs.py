@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from attnrl_jax.tasks.graph import GraphSource, GraphTaskConfig
+from experiments.compass import open_policy
 from experiments.plan import load_sweep, plan
-from experiments.study import outcomes
+from experiments.study import outcomes, signal
 from experiments.study.__main__ import claimed, run_all
 from experiments.study.policies import answers_of
+from experiments.study.protocol import SECOND
 from experiments.terminal import make_console
 
 SWEEP = """
@@ -24,7 +27,7 @@ COMMON = {"steps": 2, "eval_every": 1, "data.held_out_size": 11, "checkpoint_eve
 
 
 def get_sweep():
-    return [protocol.METHODS["random steps"] | {"optimizer.learning_rate": 2e-4, "seed": 0}]
+    return [protocol.FIRST.methods["random steps"] | {"optimizer.learning_rate": 2e-4, "seed": 0}]
 """
 FEW = GraphSource(GraphTaskConfig(), "held_out", seed=5, size=11)
 
@@ -77,3 +80,18 @@ def test_a_run_that_fails_is_counted(sweep, tmp_path, capsys):
     assert run_all(broken, tmp_path / "results", workdir, False, make_console(quiet=False)) == 1
     assert "says why" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
+
+
+def test_gradients_are_of_the_same_policy():
+    """Two steps of a method: two samples of one gradient, which leave the parameters alone."""
+    policy = open_policy()
+    method = {**SECOND.methods["AttnRL"], "num_problems": 4, "memory.check": False}
+    found = signal.gradients(policy, method, tokens=2500, seed=7)
+    assert len(found.values) == len(found.tokens) >= 2
+    assert found.tokens.sum() >= 2500
+    assert found.values.shape[1] == sum(x.size for x in jax.tree.leaves(policy.params))
+    assert (np.abs(found.values).max(axis=1) > 0).all()
+    once = signal.gradients(policy, method, tokens=1, seed=7)
+    # The second step's parameters are the first's: a run of one step has the same first gradient.
+    np.testing.assert_array_equal(once.values[0], found.values[0])
+    assert not np.array_equal(found.values[0], found.values[1])

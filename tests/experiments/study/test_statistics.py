@@ -12,7 +12,10 @@ from experiments.curves import Point
 from experiments.study import bootstrap, comparison, report
 from experiments.study.outcomes import PER_STEP, Outcome, read
 from experiments.study.policies import TEST
-from experiments.study.protocol import BUDGET, METHODS
+from experiments.study.protocol import FIRST, SECOND
+from experiments.study.signal import Gradients, cosines, signal
+
+BUDGET, METHODS = FIRST.budget, FIRST.methods
 
 
 def outcome(method, seed, final, sampled=None, tokens=BUDGET, rate=2e-4):
@@ -83,10 +86,12 @@ def test_leads_are_of_common_seeds():
 
 def test_tokens_to_reach_the_other():
     ours, theirs = runs_of("AttnRL", [0.8] * 5), runs_of("GRPO", [0.6] * 5)
-    assert comparison.tokens_to_reach(ours, theirs) == pytest.approx((0.5, 0.5, 0.5), abs=0.01)
-    assert np.isinf(comparison.tokens_to_reach(theirs, ours).value)
+    assert comparison.tokens_to_reach(ours, theirs, BUDGET) == pytest.approx(
+        (0.5, 0.5, 0.5), abs=0.01
+    )
+    assert np.isinf(comparison.tokens_to_reach(theirs, ours, BUDGET).value)
     mixed = runs_of("AttnRL", [0.8, 0.8, 0.8, 0.8, 0.5])
-    found = comparison.tokens_to_reach(mixed, theirs)
+    found = comparison.tokens_to_reach(mixed, theirs, BUDGET)
     assert found.low < found.value < found.high
 
 
@@ -129,7 +134,7 @@ def test_an_outcome_is_read_as_it_was_written(tmp_path):
 
 def test_the_report_says_what_the_outcomes_are(tmp_path):
     with pytest.raises(ValueError, match="no outcome of AttnRL yet"):
-        report.write(tmp_path)
+        report.write(tmp_path, FIRST)
     finals = {"AttnRL": 0.75, "GRPO": 0.5, "GRPO, 8 responses": 0.625}
     for name in METHODS:
         for seed in range(3):
@@ -137,7 +142,7 @@ def test_the_report_says_what_the_outcomes_are(tmp_path):
             for rate in (1e-4, 2e-4):
                 tuned = outcome(name, seed, finals.get(name, 0.875) - rate, rate=rate)
                 write_outcome(tmp_path / "tuning", tuned)
-    text = report.write(tmp_path)
+    text = report.write(tmp_path, FIRST)
     assert text == (tmp_path / "report.md").read_text()
     # The better GRPO is the one that AttnRL is held against.
     assert "AttnRL less GRPO, 8 responses, avg@8 at the end: +12.5 (+12.5" in text
@@ -152,4 +157,42 @@ def test_the_report_says_what_the_outcomes_are(tmp_path):
     twice = outcome("AttnRL", 0, 0.5, rate=1e-4)
     write_outcome(tmp_path / "comparison", twice)
     with pytest.raises(ValueError, match="AttnRL has two runs of seed 0"):
-        report.write(tmp_path)
+        report.write(tmp_path, FIRST)
+
+
+def test_the_second_report_has_its_own_methods_and_budget(tmp_path):
+    for name in SECOND.methods:
+        for seed in range(2):
+            write_outcome(tmp_path / "comparison", outcome(name, seed, 0.75, tokens=SECOND.budget))
+    text = report.write(tmp_path, SECOND)
+    assert "Runs of 2 seeds, 75,000 sampled tokens each." in text
+    assert "AttnRL less GRPO, 8 responses at 37,500 sampled tokens" in text
+    for name in SECOND.methods:
+        assert f"| {name} " in text, name
+
+
+def test_cosines_are_weighed_as_adam_would():
+    """A parameter of small gradients counts as one of large ones does, one of none not at all."""
+    truth = Gradients(np.array([[100.0, 0.1, 0.0], [100.0, 0.1, 0.0]]), np.ones(2))
+    of = Gradients(
+        np.array([[50.0, 0.05, 9.0], [100.0, -0.1, 0.0], [0, 0, 0], [-1, -0.001, 0]]), np.ones(4)
+    )
+    np.testing.assert_allclose(cosines(of, truth), [1, 99.9 / 100.1, 0, -1], atol=1e-6)
+    even = Gradients(np.array([[1.0, 1.0], [1.0, -1.0]]), np.ones(2))
+    np.testing.assert_allclose(
+        cosines(Gradients(np.array([[1.0, 1.0]]), np.ones(1)), even), [np.sqrt(0.5)], rtol=1e-6
+    )
+
+
+def test_signal_grows_with_the_tokens_alone():
+    """Of the same truth and noise: a mean of four steps has four times the signal, a token as
+    much."""
+    rng = np.random.default_rng(3)
+    noisy = 1.0 + 30 * rng.normal(size=(4000, 300))
+    truth = Gradients(np.ones((1, 300)), np.ones(1))
+    fine = Gradients(noisy, np.full(4000, 1000.0))
+    coarse = Gradients(noisy.reshape(1000, 4, 300).mean(1), np.full(1000, 4000.0))
+    one, four = (signal(cosines(of, truth), of.tokens) for of in (fine, coarse))
+    assert one.low < 10 / 900 < one.high
+    assert four.low < 10 / 900 < four.high
+    assert one.value == pytest.approx(four.value, rel=0.15)
