@@ -168,7 +168,7 @@ SECOND = Protocol(
         "AttnRL, on-policy": {**_SMALL_ATTNRL, "schedule": "on_policy"},
     },
     further_rates={},
-    close_rates={},
+    close_rates={"TreeRL": (1e-4, 2e-4), "AttnRL, on-policy": (1e-4, 2e-4)},
     chosen={},
     seeds=(5, 6, 7, 8, 9, 10, 11, 12),
 )  # fmt: skip
