@@ -169,7 +169,14 @@ SECOND = Protocol(
     },
     further_rates={},
     close_rates={"TreeRL": (1e-4, 2e-4), "AttnRL, on-policy": (1e-4, 2e-4)},
-    chosen={},
+    chosen={
+        "GRPO, 8 responses": 2e-4,
+        "GRPO, 16 responses": 2e-4,
+        "TreeRL": 2e-4,
+        "AttnRL": 2e-4,
+        "AttnRL, random steps": 2e-4,
+        "AttnRL, on-policy": 2e-4,
+    },
     seeds=(5, 6, 7, 8, 9, 10, 11, 12),
 )  # fmt: skip
 COMPARISONS = {"first": FIRST, "second": SECOND}
