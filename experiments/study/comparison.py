@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -137,6 +137,20 @@ def rows_with_advantage(runs: Runs) -> float:
         for run in runs.values()
     ]
     return float(np.mean(shares))
+
+
+def rounds(runs: Runs, overrides: Mapping[str, Any]) -> float:
+    """Rounds of generation of a run, mean over seeds: one a step, and another for continuations
+    where they are not sampled with the initial responses of the next step; then one to begin with.
+
+    Args:
+      runs: of a method.
+      overrides: the method's own.
+    """
+    steps = np.mean([run.curve[-1].step for run in runs.values()])
+    if overrides.get("schedule") != "on_policy":
+        return float(steps + 1)
+    return float(steps * (1 if overrides["method"] == "grpo" else 2))
 
 
 def seconds_ratio(one: Runs, other: Runs) -> Estimate:

@@ -42,7 +42,7 @@ def write(results: Path, protocol: Protocol) -> str:
         raise ValueError(f"{results / 'comparison'} has no outcome of {OURS} yet")
     tuning = comparison.tuning_scores(read_all(results / "tuning"))
     parts = ["# Outcomes of the study", _answers(methods, protocol.budget)]
-    parts += ["## Methods", _methods(methods), _NOTE]
+    parts += ["## Methods", _methods(methods, protocol), _NOTE]
     parts += ["## By length of the problem", _by_difficulty(methods)]
     parts += ["## Learning rates", _tuning(tuning)]
     attention = results / "attention.json"
@@ -60,6 +60,7 @@ def write(results: Path, protocol: Protocol) -> str:
 _NOTE = (
     "Test: 528 problems that no run has seen. In brackets 95 % bootstrap intervals over seeds and "
     "problems. `lead`: avg@8 of AttnRL less that of the method, paired, in points. "
+    "`rounds`: of generation. "
     "`with advantage`: share of sampled rows that are trained on with an advantage other than 0. "
     "`trained on`: share of sampled tokens that are in an update, each counted once."
 )
@@ -135,9 +136,9 @@ def _reach(share: Estimate) -> str:
     return f"{value} ({low} to {high}) % of the sampled tokens"
 
 
-def _methods(methods: Mapping[str, Runs]) -> str:
+def _methods(methods: Mapping[str, Runs], protocol: Protocol) -> str:
     rows = [["method", "rate", "seeds", "greedy", "avg@8", "lead", "sampled k", "trained k",
-             "seconds", "with advantage", "trained on"]]  # fmt: skip
+             "seconds", "rounds", "with advantage", "trained on"]]  # fmt: skip
     for name, runs in methods.items():
         ends = [run.curve[-1] for run in runs.values()]
         rates = {run.learning_rate for run in runs.values()}
@@ -152,6 +153,7 @@ def _methods(methods: Mapping[str, Runs]) -> str:
                 f"{np.mean([end.sampled_tokens for end in ends]) / 1000:.0f}",
                 f"{np.mean([end.trained_tokens for end in ends]) / 1000:.0f}",
                 f"{np.mean([end.seconds for end in ends]):.0f}",
+                f"{comparison.rounds(runs, protocol.methods[name]):.0f}",
                 f"{100 * comparison.rows_with_advantage(runs):.0f} %",
                 f"{100 * comparison.trained_on(runs):.0f} %",
             ]

@@ -102,6 +102,14 @@ def test_seconds_are_held_against_tokens():
     assert comparison.seconds_ratio(ours, theirs).value == pytest.approx(2 / 3)
 
 
+def test_rounds_of_generation():
+    """Of four steps, all of whose continuations come with the next initial responses, or not."""
+    runs = runs_of("AttnRL", [0.8] * 3)
+    assert comparison.rounds(runs, METHODS["AttnRL"]) == 5
+    assert comparison.rounds(runs, METHODS["AttnRL, on-policy"]) == 8
+    assert comparison.rounds(runs, METHODS["GRPO"]) == 4
+
+
 def write_outcome(folder, one):
     folder.mkdir(parents=True, exist_ok=True)
     found = {
