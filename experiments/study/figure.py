@@ -30,7 +30,7 @@ STYLES = (
     {"color": "#0072b2", "linestyle": "-", "marker": "o"},
     {"color": "#56b4e9", "linestyle": (0, (5, 1)), "marker": "P"},
     {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
-    {"color": "#009e73", "linestyle": (0, (1, 1)), "marker": "v"},
+    {"color": "#cc79a7", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
 )
 PLACES = 13
 
