@@ -35,7 +35,7 @@ from experiments.results import log_path
 from experiments.study import attention, report, signal
 from experiments.study.outcomes import file_of, record
 from experiments.study.policies import policy_of
-from experiments.study.protocol import COMPARISONS, FIRST, RESULTS, name_of
+from experiments.study.protocol import COMPARISONS, RESULTS, Protocol, name_of
 from experiments.sweep import execute
 from experiments.tasks import Policy
 from experiments.terminal import make_console, working
@@ -101,13 +101,20 @@ def claimed(run: Run) -> Iterator[bool]:
             yield True
 
 
-def policies(workdir: Path) -> dict[str, Callable[[], Policy]]:
-    """What opens the policies whose attention is looked at: the pretrained one, and the one that
-    AttnRL made of it with the first seed, once that run has ended."""
+def policies(workdir: Path, protocol: Protocol) -> dict[str, Callable[[], Policy]]:
+    """What opens the policies that questions are asked: the pretrained one, and the one that AttnRL
+    made of it with the comparison's first seed, once that run has ended.
+
+    Args:
+      workdir: of the comparison's runs.
+      protocol: of the comparison.
+    """
     found: dict[str, Callable[[], Policy]] = {"pretrained": open_policy}
-    for run in plan(load_sweep(_sweep("study.py")), workdir / "compare"):
-        own = name_of(run.overrides) == report.OURS and run.overrides["seed"] == FIRST.seeds[0]
-        if own and run.result().state == "finished":
+    [which] = [name for name, one in COMPARISONS.items() if one is protocol]
+    for run in plan(load_sweep(_sweep(SWEEPS[which][1])), workdir / "compare"):
+        ours = name_of(run.overrides) == report.OURS
+        first = run.overrides["seed"] == protocol.seeds[0]
+        if ours and first and run.result().state == "finished":
             found["after AttnRL"] = functools.partial(policy_of, run.folder)
     return found
 
@@ -120,23 +127,22 @@ def main(arguments: argparse.Namespace) -> None:
     console = make_console(arguments.quiet)
     protocol = COMPARISONS[arguments.comparison]
     results, workdir = arguments.results, arguments.workdir.absolute()
-    own = results / protocol.folder
+    own, runs = results / protocol.folder, workdir / protocol.folder
     # Of the runs, which are processes of their own.
     os.environ.setdefault(CACHE, str(workdir / "compiled"))
     if arguments.part == "report":
         text = report.write(own, protocol)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     elif arguments.part == "attention":
-        attention.write(results, policies(workdir), console)
+        attention.write(own, policies(runs, protocol), console)
     elif arguments.part == "signal":
-        signal.write(results, open_policy, console)
+        signal.write(own, policies(runs, protocol), console)
     else:
         tuned = arguments.part == "tune"
         tuning, comparison = SWEEPS[arguments.comparison]
         sweep = _sweep(tuning if tuned else comparison)
         folder = own / ("tuning" if tuned else "comparison")
-        runs = workdir / protocol.folder / arguments.part
-        failed = run_all(sweep, folder, runs, not tuned, console)
+        failed = run_all(sweep, folder, runs / arguments.part, not tuned, console)
         if failed:
             print(f"error: {failed} runs failed", file=sys.stderr)
             sys.exit(1)

@@ -189,25 +189,27 @@ def _tuning(tuning: Mapping[str, Mapping[float, Sequence[float]]]) -> str:
 
 
 def signal_table(found: Mapping[str, Mapping]) -> str:
-    """Of each method, how far its gradients point uphill.
+    """Of each policy and method, how far the method's gradients point uphill.
 
     Args:
       found: of `signal.json`.
     """
-    rows = [["method", "steps", "tokens a step", "cosine", "signal of 10,000 tokens"]]
-    for name, of in found.items():
-        cosine, tokens = np.array(of["cosine"]), np.array(of["tokens"])
-        measured = signal(cosine, tokens)
-        rows.append(
-            [
-                name,
-                str(len(cosine)),
-                f"{tokens.mean():,.0f}",
-                f"{cosine.mean():.3f}",
-                f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})",
-            ]
-        )
-    return table(rows)
+    rows = [["policy", "method", "steps", "tokens a step", "cosine", "signal of 10,000 tokens"]]
+    for policy, methods in found.items():
+        for name, of in methods.items():
+            cosine, tokens = np.array(of["cosine"]), np.array(of["tokens"])
+            measured = signal(cosine, tokens)
+            rows.append(
+                [
+                    policy,
+                    name,
+                    str(len(cosine)),
+                    f"{tokens.mean():,.0f}",
+                    f"{cosine.mean():.3f}",
+                    f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})",
+                ]
+            )
+    return table(rows, left=2)
 
 
 def attention_tables(found: Mapping[str, Mapping]) -> str:

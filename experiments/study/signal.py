@@ -141,30 +141,31 @@ def signal(cosine: Float[np.ndarray, "step"], tokens: Float[np.ndarray, "step"])
     return estimate(float(value), of(drawn @ cosine, drawn @ tokens))
 
 
-def write(results: Path, opened: Callable[[], Policy], console: Console) -> None:
+def write(results: Path, policies: Mapping[str, Callable[[], Policy]], console: Console) -> None:
     """Measures the methods that have not been measured yet, and writes `signal.json`: the cosine
-    and the tokens of each step of each method.
+    and the tokens of each step of each method, by policy.
 
     Args:
       results: folder of the outcomes.
-      opened: the policy.
-      console: shows which is measured.
+      policies: what opens each, by name.
+      console: shows what is measured.
     """
     path = results / "signal.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    left = {name: method for name, method in contenders().items() if name not in found}
-    if not left:
-        return
-    policy = opened()
-    with working(console, "the true gradient"):
-        truth = gradients(policy, _TRUTH, TRUTH_TOKENS, TRUTH_SEED)
-    results.mkdir(parents=True, exist_ok=True)
-    for name, method in left.items():
-        with working(console, f"gradients of {name}"):
-            of = gradients(policy, method, TOKENS, SEED)
-        found[name] = {
-            "cosine": [round(float(x), 4) for x in cosines(of, truth)],
-            "tokens": of.tokens.tolist(),
-        }
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
-        write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    for policy_name, opened in policies.items():
+        measured = found.setdefault(policy_name, {})
+        left = {name: method for name, method in contenders().items() if name not in measured}
+        if not left:
+            continue
+        policy = opened()
+        with working(console, f"the true gradient of the policy {policy_name}"):
+            truth = gradients(policy, _TRUTH, TRUTH_TOKENS, TRUTH_SEED)
+        results.mkdir(parents=True, exist_ok=True)
+        for name, method in left.items():
+            with working(console, f"gradients of {name}"):
+                of = gradients(policy, method, TOKENS, SEED)
+            measured[name] = {
+                "cosine": [round(float(x), 4) for x in cosines(of, truth)],
+                "tokens": of.tokens.tolist(),
+            }
+            write_atomically(path, json.dumps(found) + "\n")
