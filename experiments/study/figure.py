@@ -35,7 +35,7 @@ STYLES = (
 PLACES = 13
 
 
-def draw(path: Path, methods: Mapping[str, Runs], ours: str) -> None:
+def draw(path: Path, methods: Mapping[str, Runs], ours: str, timed: bool) -> None:
     """Draws held-out accuracy against sampled tokens, trained tokens and time, and the lead of one
     method over each other one on the test.
 
@@ -43,14 +43,19 @@ def draw(path: Path, methods: Mapping[str, Runs], ours: str) -> None:
       path: of the PNG.
       methods: runs of each, by seed.
       ours: the method that leads or does not.
+      timed: whether time is drawn.
     """
+    axes = AXES if timed else AXES[:-1]
     figure, [panels] = new_figure(
-        1, 4, figsize=(15, 4.2), gridspec_kw={"width_ratios": [1, 1, 1, 1.1]}
+        1,
+        len(axes) + 1,
+        figsize=(15, 4.2),
+        gridspec_kw={"width_ratios": [*[1] * len(axes), 1.1]},
     )
     shown = [name for name in SHOWN if name in methods]
     legend = {}
     first_grpo = [name for name in shown if name.startswith("GRPO")][:1]
-    for panel, (axis, scale, label) in zip(panels, AXES, strict=False):
+    for panel, (axis, scale, label) in zip(panels, axes, strict=False):
         for index, name in enumerate(shown):
             runs = methods[name]
             style = {**STYLES[SHOWN.index(name)], "markersize": 4}

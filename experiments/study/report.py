@@ -41,7 +41,7 @@ def write(results: Path, protocol: Protocol) -> str:
     if OURS not in methods:
         raise ValueError(f"{results / 'comparison'} has no outcome of {OURS} yet")
     tuning = comparison.tuning_scores(read_all(results / "tuning"))
-    parts = ["# Outcomes of the study", _answers(methods, protocol.budget)]
+    parts = ["# Outcomes of the study", _answers(methods, protocol)]
     parts += ["## Methods", _methods(methods, protocol), _NOTE]
     parts += ["## By length of the problem", _by_difficulty(methods)]
     parts += ["## Learning rates", _tuning(tuning)]
@@ -53,7 +53,7 @@ def write(results: Path, protocol: Protocol) -> str:
         parts += ["## Signal of the gradient", signal_table(json.loads(measured.read_text()))]
     text = "\n\n".join(parts) + "\n"
     write_atomically(results / "report.md", text)
-    draw(results / "study.png", methods, OURS)
+    draw(results / "study.png", methods, OURS, protocol.timed)
     return text
 
 
@@ -81,9 +81,9 @@ def best_grpo(methods: Mapping[str, Runs]) -> str:
     return max(there, key=lambda name: comparison.correct(methods[name]).mean())
 
 
-def _answers(methods: Mapping[str, Runs], budget: int) -> str:
+def _answers(methods: Mapping[str, Runs], protocol: Protocol) -> str:
     """What was asked first, each in a line."""
-    ours = methods[OURS]
+    ours, budget = methods[OURS], protocol.budget
     lines = [f"Runs of {len(ours)} seeds, {budget:,} sampled tokens each."]
     grpo = best_grpo(methods) if any(name in methods for name in GRPO) else None
     if grpo:
@@ -119,10 +119,15 @@ def _answers(methods: Mapping[str, Runs], budget: int) -> str:
             lines.append(f"- {OURS} reaches the final accuracy of {name} with {_reach(reached)}")
     if ON_POLICY in methods:
         two = methods[ON_POLICY]
-        seconds = comparison.seconds_ratio(ours, two)
+        clock = ""
+        if protocol.timed:
+            seconds = comparison.seconds_ratio(ours, two)
+            clock = (
+                f"{seconds.value:.2f} ({seconds.low:.2f} to {seconds.high:.2f}) times the wall "
+                "clock a sampled token, "
+            )
         lines.append(
-            f"- one step off-policy over two rounds: {seconds.value:.2f} ({seconds.low:.2f} to "
-            f"{seconds.high:.2f}) times the wall clock a sampled token, avg@8 "
+            f"- one step off-policy over two rounds: {clock}avg@8 "
             f"{_points(comparison.lead(ours, two))} points"
         )
     return "\n".join([lines[0], "", *lines[1:]])
@@ -152,7 +157,7 @@ def _methods(methods: Mapping[str, Runs], protocol: Protocol) -> str:
                 "" if name == OURS else _points(comparison.lead(methods[OURS], runs)),
                 f"{np.mean([end.sampled_tokens for end in ends]) / 1000:.0f}",
                 f"{np.mean([end.trained_tokens for end in ends]) / 1000:.0f}",
-                f"{np.mean([end.seconds for end in ends]):.0f}",
+                f"{np.mean([end.seconds for end in ends]):.0f}" if protocol.timed else "",
                 f"{comparison.rounds(runs, protocol.methods[name]):.0f}",
                 f"{100 * comparison.rows_with_advantage(runs):.0f} %",
                 f"{100 * comparison.trained_on(runs):.0f} %",

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.study compare --comparison=second
 Hardware:  2 CPU cores
-Time:      not measured yet
+Time:      about 30 minutes for 36 of the 48 runs with the test, two at a time beside other work
 Result:    experiments/results/study/second/report.md
 """
 

@@ -157,6 +157,7 @@ def test_the_report_says_what_the_outcomes_are(tmp_path):
     assert "AttnRL less TreeRL, avg@8 at the end: -12.5" in text
     assert "reaches the final accuracy of GRPO, 8 responses with 64 (64 to 64) %" in text
     assert "reaches the final accuracy of TreeRL with more than 100" in text
+    assert "1.00 (1.00 to 1.00) times the wall clock a sampled token" in text
     lines = text.splitlines()
     [row] = [line for line in lines if line.startswith("| GRPO  ") and "+25.0" in line]
     assert "50.0 (50.0 to 50.0)" in row
@@ -175,6 +176,8 @@ def test_the_second_report_has_its_own_methods_and_budget(tmp_path):
     text = report.write(tmp_path, SECOND)
     assert "Runs of 2 seeds, 75,000 sampled tokens each." in text
     assert "AttnRL less GRPO, 8 responses at 37,500 sampled tokens" in text
+    # Its runs shared their cores with other work.
+    assert "wall clock" not in text
     for name in SECOND.methods:
         assert f"| {name} " in text, name
 
