@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from attnrl_jax.shapes import bucket_length
 from attnrl_jax.sharding import parameter_shardings
 from attnrl_jax.types import Leaves
 
+# How the rows of a step are shared out to its updates; see `TrainConfig.mini_batch_split`.
+MiniBatchSplit = Literal["even", "fill"]
 # Tokens of a sequence into which several paths are packed, unless a setting says otherwise.
 LONGEST_PACKED = 16384
 
@@ -92,7 +94,10 @@ class TrainConfig:
       advantage_norm: `none`, or `problem_std` to divide by the problem's reward deviation.
       permute_advantages: gives every problem's rows the advantages of another problem's, a
         control which must not learn.
-      mini_batch_rows: rows per optimizer update, filled with whole problems.
+      mini_batch_rows: rows per optimizer update, of whole problems.
+      mini_batch_split: `even` shares a step's rows out evenly, to as many updates as come closest
+        to `mini_batch_rows` each; `fill` fills one update after the other, and what is left makes
+        a small one, which moves the parameters as far.
       max_not_finite: the run ends when so many updates in a row were skipped because something
         was not finite; 0 never ends it.
       packing: `tree` lays the tokens that rows share out once in the update, `rows` every row on
@@ -132,6 +137,7 @@ class TrainConfig:
     advantage_norm: AdvantageNorm = "none"
     permute_advantages: bool = False
     mini_batch_rows: int = 192
+    mini_batch_split: MiniBatchSplit = "even"
     max_not_finite: int = 10
     packing: str = "auto"
     pack_length: int = 0
@@ -159,6 +165,7 @@ class TrainConfig:
             "behaviour": ("scorer", "sampler"),
             "judge": ("full", "continuation"),
             "advantage_norm": ("none", "problem_std"),
+            "mini_batch_split": ("even", "fill"),
             "packing": ("auto", "tree", "rows"),
         }
         for name, allowed in choices.items():

@@ -25,33 +25,61 @@ from attnrl_jax.models.config import ModelConfig
 from attnrl_jax.packing import Layout, Placement, deal_batches, place_paths, take_rows
 from attnrl_jax.scoring import packed_forward, token_logprobs
 from attnrl_jax.sharding import constrain_parameters
-from attnrl_jax.training.state import OptimizerConfig, TrainConfig, TrainState, make_optimizer
+from attnrl_jax.training.state import (
+    MiniBatchSplit,
+    OptimizerConfig,
+    TrainConfig,
+    TrainState,
+    make_optimizer,
+)
 from attnrl_jax.types import TrainBatch, TrainRows
 
 
 def mini_batches(
-    problem: np.ndarray, rows_per_batch: int, rng: np.random.Generator
+    problem: np.ndarray,
+    rows_per_batch: int,
+    rng: np.random.Generator,
+    split: MiniBatchSplit = "even",
 ) -> list[np.ndarray]:
-    """Row indices of each optimizer update: whole problems, in random order, until it is full.
+    """Row indices of each optimizer update: whole problems, in random order.
 
     Args:
       problem: problem of each row.
-      rows_per_batch: a mini-batch closes once it holds this many rows (paper: 32 n).
+      rows_per_batch: of a mini-batch, about (paper: 32 n).
       rng: for the order of problems.
+      split: `even` makes as many mini-batches as come closest to so many rows each, all of about
+        the same size; `fill` closes one once it holds so many, and the last has what is left.
     """
     order = np.argsort(problem, kind="stable")
-    numbers, first = np.unique(problem[order], return_index=True)
-    rows_of = dict(zip(numbers, np.split(order, first[1:]), strict=True))
-    batches: list[np.ndarray] = []
-    current: list[np.ndarray] = []
-    for chosen in rng.permutation(numbers):
-        current.append(rows_of[chosen])
-        if sum(map(len, current)) >= rows_per_batch:
-            batches.append(np.concatenate(current))
-            current = []
-    if current:
-        batches.append(np.concatenate(current))
-    return batches
+    _, first, sizes = np.unique(problem[order], return_index=True, return_counts=True)
+    rows_of = np.split(order, first[1:])
+    shuffled = rng.permutation(len(rows_of))
+    batch_of = _shared_out if split == "even" else _filled
+    numbers = batch_of(sizes[shuffled], rows_per_batch)
+    return [
+        np.concatenate([rows_of[k] for k in shuffled[numbers == number]])
+        for number in np.unique(numbers)
+    ]
+
+
+def _shared_out(sizes: np.ndarray, rows_per_batch: int) -> np.ndarray:
+    """Mini-batch of each problem, of these sizes: about as many rows in each."""
+    rows = int(sizes.sum())
+    # A half rounds up: smaller mini-batches rather than larger ones.
+    count = max(1, (2 * rows + rows_per_batch) // (2 * rows_per_batch))
+    # A problem goes where its middle row falls.
+    return (2 * np.cumsum(sizes) - sizes) * count // (2 * rows)
+
+
+def _filled(sizes: np.ndarray, rows_per_batch: int) -> np.ndarray:
+    """Mini-batch of each problem: one closes once it holds so many rows."""
+    numbers, number, held = np.empty(len(sizes), int), 0, 0
+    for index, size in enumerate(sizes):
+        numbers[index] = number
+        held += size
+        if held >= rows_per_batch:
+            number, held = number + 1, 0
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -292,7 +320,7 @@ def launch_update(
       the state after, and a function that waits for the report.
     """
     collected: list[dict[str, Any]] = []
-    batches = mini_batches(rows.paths.problem, config.mini_batch_rows, rng)
+    batches = mini_batches(rows.paths.problem, config.mini_batch_rows, rng, config.mini_batch_split)
     places = tokens = 0
     for chosen in batches:
         placement, micro_batches = pack_rows(rows, config, row_multiple, chosen, sharding)

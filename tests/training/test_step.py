@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from attnrl_jax.sharding import (
     make_mesh,
     parameter_shardings,
 )
-from attnrl_jax.training.state import OptimizerConfig, init_state
+from attnrl_jax.training.state import MiniBatchSplit, OptimizerConfig, init_state
 from attnrl_jax.training.step import (
     accumulate,
     mini_batches,
@@ -292,13 +293,39 @@ def test_micro_batches_hold_every_row_once(rows):
     assert sum(batch.mask.sum() for batch in batches) == mask_of(rows).sum()
 
 
-def test_mini_batches_keep_problems_whole():
-    batches = mini_batches(PROBLEM, 10, np.random.default_rng(0))
+@pytest.mark.parametrize("split", get_args(MiniBatchSplit))
+def test_mini_batches_keep_problems_whole(split):
+    batches = mini_batches(PROBLEM, 10, np.random.default_rng(0), split)
     assert sorted(np.concatenate(batches).tolist()) == list(range(24))
-    for batch in batches[:-1]:
-        assert 10 <= len(batch) < 10 + 4
     for batch in batches:
         assert all(np.sum(PROBLEM[batch] == p) == 4 for p in np.unique(PROBLEM[batch]))
+
+
+def test_mini_batches_that_are_filled():
+    batches = mini_batches(PROBLEM, 10, np.random.default_rng(0), "fill")
+    assert [*map(len, batches)] == [12, 12]
+    batches = mini_batches(PROBLEM, 20, np.random.default_rng(0), "fill")
+    assert [*map(len, batches)] == [20, 4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(1000, [24]), (20, [24]), (16, [12, 12]), (10, [12, 12]), (8, [8] * 3), (1, [4] * 6)],
+)
+def test_mini_batches_that_are_even(rows, sizes):
+    batches = mini_batches(PROBLEM, rows, np.random.default_rng(0))
+    assert [*map(len, batches)] == sizes
+
+
+def test_even_mini_batches_of_problems_of_many_sizes():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        sizes = rng.integers(1, 30, size=20)
+        batches = mini_batches(np.repeat(np.arange(20), sizes), 48, rng)
+        wanted = sizes.sum() / 48
+        assert abs(len(batches) - wanted) <= 0.5 + 1e-9
+        # Both ends of a mini-batch are within half a problem of where they should be.
+        assert all(abs(len(batch) - sizes.sum() / len(batches)) <= 30 for batch in batches)
 
 
 def run_update(golden, rows, **changes):
