@@ -61,13 +61,14 @@ class Protocol:
         return {**self.methods[name], "optimizer.learning_rate": rate, "seed": seed}
 
 
-def _common(budget: int, rows: int, eval_every: int) -> dict[str, Any]:
+def _common(budget: int, rows: int, eval_every: int, split: str) -> dict[str, Any]:
     return {
         "steps": 1000,
         "max_sampled_tokens": budget,
         # Of every method: an update for about as many rows that are trained on, as what is learned
         # depends on the number of updates more than on the rows in one.
         "mini_batch_rows": rows,
+        "mini_batch_split": split,
         "eval_every": eval_every,
         "data.held_out_size": 256,
         # The state at the end is all that is read.
@@ -121,7 +122,7 @@ _METHODS: dict[str, dict[str, Any]] = {
 FIRST = Protocol(
     folder="",
     budget=150_000,
-    common=_common(150_000, rows=96, eval_every=2),
+    common=_common(150_000, rows=96, eval_every=2, split="fill"),
     methods=_METHODS,
     further_rates={
         "TreeRL": (8e-4,),
@@ -159,7 +160,7 @@ _SMALL_ATTNRL = {"method": "attnrl", "num_problems": 8, **_SMALL}
 SECOND = Protocol(
     folder="second",
     budget=75_000,
-    common=_common(75_000, rows=48, eval_every=3),
+    common=_common(75_000, rows=48, eval_every=3, split="fill"),
     methods={
         "GRPO, 8 responses": {"method": "grpo", "num_problems": 15, **_SMALL, **_ON_POLICY},
         "GRPO, 16 responses": {
