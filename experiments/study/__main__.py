@@ -6,7 +6,7 @@
     python -m experiments.study signal
     python -m experiments.study report
 
-There are two comparisons; `--comparison=second` asks for the second. `tune` runs every method at
+There are three comparisons; `--comparison=third` asks for the third. `tune` runs every method at
 every learning rate, `compare` every method at its own with all seeds, one run after the other;
 `attention` asks where attention points, `signal` how far gradients point uphill. Each goes on where
 it was stopped and skips what has its outcome in experiments/results/study already: `--results=DIR`
@@ -44,6 +44,7 @@ from experiments.terminal import make_console, working
 SWEEPS = {
     "first": ("study_tuning.py", "study.py"),
     "second": ("study_second_tuning.py", "study_second.py"),
+    "third": ("study_third_tuning.py", "study_third.py"),
 }
 PARTS = ("tune", "compare", "attention", "signal", "report")
 CACHE = "JAX_COMPILATION_CACHE_DIR"

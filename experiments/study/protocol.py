@@ -9,7 +9,6 @@ from typing import Any
 
 CONFIG = "experiments/configs/attnrl_graph.py"
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
-LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEEDS = (100, 101)
 
 
@@ -22,9 +21,9 @@ class Protocol:
       budget: sampled tokens after which a run ends.
       common: what all of its runs override.
       methods: name of a method in tables, and what it overrides.
-      further_rates: of methods whose best of `LEARNING_RATES` was at an end of these.
-      close_rates: of methods whose best two of the first tuning seed were within 2 points: a second
-        seed decided between them.
+      rates: learning rates that all methods were tried at.
+      further_rates: of methods whose best of `rates` was at an end of these.
+      close_rates: those that a second tuning seed tried as well.
       chosen: learning rate of each method, by the recorded outcomes of the tuning.
       seeds: of the comparison.
       timed: whether its runs had a core each, so that their wall clock means something.
@@ -34,8 +33,9 @@ class Protocol:
     budget: int
     common: Mapping[str, Any]
     methods: Mapping[str, Mapping[str, Any]]
+    rates: tuple[float, ...]
     further_rates: Mapping[str, tuple[float, ...]]
-    close_rates: Mapping[str, tuple[float, float]]
+    close_rates: Mapping[str, tuple[float, ...]]
     chosen: Mapping[str, float]
     seeds: tuple[int, ...]
     timed: bool
@@ -43,7 +43,7 @@ class Protocol:
     def tuning(self) -> list[dict[str, Any]]:
         """Overrides of each run that chooses a learning rate."""
         first, second = TUNING_SEEDS
-        points = [(name, rate, first) for rate in LEARNING_RATES for name in self.methods]
+        points = [(name, rate, first) for rate in self.rates for name in self.methods]
         points += [(name, rate, first) for name, r in self.further_rates.items() for rate in r]
         points += [(name, rate, second) for name, r in self.close_rates.items() for rate in r]
         return [self._run(*point) for point in points]
@@ -124,6 +124,7 @@ FIRST = Protocol(
     budget=150_000,
     common=_common(150_000, rows=96, eval_every=2, split="fill"),
     methods=_METHODS,
+    rates=(1e-4, 2e-4, 4e-4),
     further_rates={
         "TreeRL": (8e-4,),
         "AttnRL, left to right": (5e-5,),
@@ -171,7 +172,9 @@ SECOND = Protocol(
         "AttnRL, random steps": {**_SMALL_ATTNRL, "branching.rule": "random"},
         "AttnRL, on-policy": {**_SMALL_ATTNRL, "schedule": "on_policy"},
     },
+    rates=(1e-4, 2e-4, 4e-4),
     further_rates={},
+    # The best two of the first tuning seed were within 2 points, here and above.
     close_rates={"TreeRL": (1e-4, 2e-4), "AttnRL, on-policy": (1e-4, 2e-4)},
     chosen={
         "GRPO, 8 responses": 2e-4,
@@ -185,7 +188,34 @@ SECOND = Protocol(
     # Other measurements ran beside it, and it was paused for some of them.
     timed=False,
 )  # fmt: skip
-COMPARISONS = {"first": FIRST, "second": SECOND}
+
+_EVEN_GRPO = {"method": "grpo", **_SMALL, **_ON_POLICY}
+_EVEN_ATTNRL = {"method": "attnrl", "num_problems": 6, **_SMALL}
+_RATES = (1e-4, 1.4e-4, 2e-4, 2.8e-4)
+# Mini-batches of the same size, each method's by itself, finer rates.
+THIRD = Protocol(
+    folder="third",
+    budget=100_000,
+    common=_common(100_000, rows=24, eval_every=3, split="even"),
+    methods={
+        "GRPO, 8 responses": {**_EVEN_GRPO, "num_problems": 15, "mini_batch_rows": 48},
+        "GRPO, updates of 24 rows": {**_EVEN_GRPO, "num_problems": 6},
+        "TreeRL": {"method": "treerl", "num_problems": 4, "mini_batch_rows": 60, **_ON_POLICY},
+        "AttnRL": _EVEN_ATTNRL,
+        "AttnRL, random steps": {**_EVEN_ATTNRL, "branching.rule": "random"},
+        "AttnRL, on-policy": {**_EVEN_ATTNRL, "schedule": "on_policy"},
+    },
+    rates=_RATES,
+    further_rates={},
+    close_rates=dict.fromkeys(
+        ("GRPO, 8 responses", "GRPO, updates of 24 rows", "TreeRL", "AttnRL",
+         "AttnRL, random steps", "AttnRL, on-policy"), _RATES,
+    ),
+    chosen={},
+    seeds=(*range(13, 23),),
+    timed=False,
+)  # fmt: skip
+COMPARISONS = {"first": FIRST, "second": SECOND, "third": THIRD}
 
 
 def name_of(overrides: Mapping[str, Any]) -> str:

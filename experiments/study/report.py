@@ -19,7 +19,7 @@ from experiments.study.signal import signal
 from experiments.tables import table
 
 OURS = "AttnRL"
-GRPO = ("GRPO", "GRPO, 8 responses", "GRPO, 16 responses")
+GRPO = ("GRPO", "GRPO, 8 responses", "GRPO, 16 responses", "GRPO, updates of 24 rows")
 TREE = "TreeRL"
 ON_POLICY = "AttnRL, on-policy"
 
