@@ -61,14 +61,11 @@ class Protocol:
         return {**self.methods[name], "optimizer.learning_rate": rate, "seed": seed}
 
 
-def _common(budget: int, rows: int, eval_every: int, split: str) -> dict[str, Any]:
+def _common(budget: int, eval_every: int, **mini_batches: Any) -> dict[str, Any]:
     return {
         "steps": 1000,
         "max_sampled_tokens": budget,
-        # Of every method: an update for about as many rows that are trained on, as what is learned
-        # depends on the number of updates more than on the rows in one.
-        "mini_batch_rows": rows,
-        "mini_batch_split": split,
+        **mini_batches,
         "eval_every": eval_every,
         "data.held_out_size": 256,
         # The state at the end is all that is read.
@@ -122,7 +119,9 @@ _METHODS: dict[str, dict[str, Any]] = {
 FIRST = Protocol(
     folder="",
     budget=150_000,
-    common=_common(150_000, rows=96, eval_every=2, split="fill"),
+    # Of every method: an update for about as many rows that are trained on, as what is learned
+    # depends on the number of updates more than on the rows in one.
+    common=_common(150_000, 2, mini_batch_rows=96, mini_batch_split="fill"),
     methods=_METHODS,
     rates=(1e-4, 2e-4, 4e-4),
     further_rates={
@@ -161,7 +160,7 @@ _SMALL_ATTNRL = {"method": "attnrl", "num_problems": 8, **_SMALL}
 SECOND = Protocol(
     folder="second",
     budget=75_000,
-    common=_common(75_000, rows=48, eval_every=3, split="fill"),
+    common=_common(75_000, 3, mini_batch_rows=48, mini_batch_split="fill"),
     methods={
         "GRPO, 8 responses": {"method": "grpo", "num_problems": 15, **_SMALL, **_ON_POLICY},
         "GRPO, 16 responses": {
@@ -190,16 +189,16 @@ SECOND = Protocol(
 )  # fmt: skip
 
 _EVEN_GRPO = {"method": "grpo", **_SMALL, **_ON_POLICY}
-_EVEN_ATTNRL = {"method": "attnrl", "num_problems": 6, **_SMALL}
+_EVEN_ATTNRL = {"method": "attnrl", "num_problems": 6, "mini_batch_rows": 24, **_SMALL}
 _RATES = (1e-4, 1.4e-4, 2e-4, 2.8e-4)
 # Mini-batches of the same size, each method's by itself, finer rates.
 THIRD = Protocol(
     folder="third",
     budget=100_000,
-    common=_common(100_000, rows=24, eval_every=3, split="even"),
+    common=_common(100_000, 3, mini_batch_split="even"),
     methods={
         "GRPO, 8 responses": {**_EVEN_GRPO, "num_problems": 15, "mini_batch_rows": 48},
-        "GRPO, updates of 24 rows": {**_EVEN_GRPO, "num_problems": 6},
+        "GRPO, updates of 24 rows": {**_EVEN_GRPO, "num_problems": 6, "mini_batch_rows": 24},
         "TreeRL": {"method": "treerl", "num_problems": 4, "mini_batch_rows": 60, **_ON_POLICY},
         "AttnRL": _EVEN_ATTNRL,
         "AttnRL, random steps": {**_EVEN_ATTNRL, "branching.rule": "random"},
