@@ -17,9 +17,9 @@ from experiments.study.policies import TEST
 from experiments.study.protocol import (
     COMPARISONS,
     FIRST,
-    LEARNING_RATES,
     RESULTS,
     SECOND,
+    THIRD,
     TUNING_SEEDS,
     name_of,
 )
@@ -27,6 +27,7 @@ from experiments.study.protocol import (
 SWEEPS = {
     "first": {"tuning": "study_tuning.py", "comparison": "study.py"},
     "second": {"tuning": "study_second_tuning.py", "comparison": "study_second.py"},
+    "third": {"tuning": "study_third_tuning.py", "comparison": "study_third.py"},
 }
 
 
@@ -61,7 +62,7 @@ def test_every_method_runs_at_every_rate_and_with_every_seed(runs, protocol):
     tuned = {(name_of(r.overrides), r.overrides["optimizer.learning_rate"])
              for r in runs["tuning"]}  # fmt: skip
     assert {name for name, _ in tuned} == {*protocol.methods}
-    assert tuned >= {(n, rate) for n in protocol.methods for rate in LEARNING_RATES}
+    assert tuned >= {(n, rate) for n in protocol.methods for rate in protocol.rates}
     compared = [(name_of(r.overrides), r.overrides["seed"]) for r in runs["comparison"]]
     assert sorted(compared) == sorted(
         (name, seed) for name in protocol.methods for seed in protocol.seeds
@@ -72,7 +73,7 @@ def test_every_method_runs_at_every_rate_and_with_every_seed(runs, protocol):
 
 
 def test_no_seed_is_used_twice():
-    used = [*TUNING_SEEDS, *FIRST.seeds, *SECOND.seeds]
+    used = [*TUNING_SEEDS, *(seed for one in COMPARISONS.values() for seed in one.seeds)]
     assert len({*used}) == len(used)
 
 
@@ -86,7 +87,8 @@ def test_methods_differ_in_what_they_are_called_by_alone(runs, protocol):
     assert settings["GRPO, 8 responses"].rows_per_problem == 8
     assert settings["TreeRL"].rows_per_problem == 30
     for name, train in settings.items():
-        same = ("loss", "temperature", "mini_batch_rows", "max_sampled_tokens", "response_budget")
+        same = ["loss", "temperature", "mini_batch_split", "max_sampled_tokens", "response_budget"]
+        same += ["mini_batch_rows"] * (protocol is not THIRD)
         assert all(getattr(train, field) == getattr(ours, field) for field in same), name
         assert train.max_sampled_tokens == protocol.budget
         on_policy = not name.startswith("AttnRL") or name == "AttnRL, on-policy"
@@ -102,7 +104,13 @@ def test_methods_differ_in_what_they_are_called_by_alone(runs, protocol):
         assert not settings["AttnRL, all expanded"].expansion.filter_easy
     else:
         assert ours.rows_per_problem == 8
+    if protocol is SECOND:
         assert settings["GRPO, 16 responses"].rows_per_problem == 16
+    if protocol is THIRD:
+        rows = {name: train.mini_batch_rows for name, train in settings.items()}
+        assert rows.pop("GRPO, 8 responses") == 48
+        assert rows.pop("TreeRL") == 60
+        assert {*rows.values()} == {24}
 
 
 def test_the_document_names_every_method(protocol):
@@ -126,7 +134,9 @@ def test_rates_are_those_that_were_best(protocol):
         first, second, *_ = sorted((s[0] for s in by_rate.values()), reverse=True)
         twice = {rate for rate, own in by_rate.items() if len(own) == 2}
         assert twice == {*protocol.close_rates.get(name, ())}, name
-        if first - second > 0.02 + 1e-9:
+        if protocol is THIRD:
+            assert twice == {*by_rate}
+        elif first - second > 0.02 + 1e-9:
             assert not twice
 
 
