@@ -23,7 +23,7 @@ from attnrl_jax.training.loop import start, train_step
 from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import LoopState, TrainConfig, init_state
 from experiments.bench.harness import Contender, Context, Fact, Measured, Part, Ratio, Runs, Table
-from experiments.configs import attnrl_graph
+from experiments.configs import attnrl_graph_trees
 from experiments.settings import Settings, build
 from experiments.tasks import build_task, load_policy
 
@@ -117,7 +117,7 @@ def split_table(runs: Runs, steps: int) -> Table:
 
 def settings_of(schedule: str, changes: Mapping[str, object]) -> Settings:
     """The default run's settings for this measurement."""
-    config = attnrl_graph.get_config()
+    config = attnrl_graph_trees.get_config()
     config.update(dict(changes))
     config.schedule = schedule
     config.batch_size.adaptive = False

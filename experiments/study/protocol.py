@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONFIG = "experiments/configs/attnrl_graph.py"
+CONFIG = "experiments/configs/attnrl_graph_trees.py"
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 TUNING_SEEDS = (100, 101)
 
@@ -205,11 +205,15 @@ THIRD = Protocol(
         "AttnRL, on-policy": {**_EVEN_ATTNRL, "schedule": "on_policy"},
     },
     rates=_RATES,
-    further_rates={},
-    close_rates=dict.fromkeys(
-        ("GRPO, 8 responses", "GRPO, updates of 24 rows", "TreeRL", "AttnRL",
-         "AttnRL, random steps", "AttnRL, on-policy"), _RATES,
-    ),
+    further_rates={"TreeRL": (7e-5,)},
+    close_rates={
+        "GRPO, 8 responses": _RATES,
+        "GRPO, updates of 24 rows": _RATES,
+        "TreeRL": (7e-5, *_RATES),
+        "AttnRL": _RATES,
+        "AttnRL, random steps": _RATES,
+        "AttnRL, on-policy": _RATES,
+    },
     chosen={},
     seeds=(*range(13, 23),),
     timed=False,

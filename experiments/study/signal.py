@@ -26,7 +26,7 @@ from attnrl_jax.sharding import make_mesh
 from attnrl_jax.training.loop import start, train_step
 from attnrl_jax.training.setup import Setup
 from attnrl_jax.training.state import init_state
-from experiments.configs import attnrl_graph
+from experiments.configs import attnrl_graph_trees
 from experiments.folders import write_atomically
 from experiments.settings import build
 from experiments.study import bootstrap
@@ -94,7 +94,7 @@ def gradients(policy: Policy, overrides: Mapping[str, Any], tokens: int, seed: i
       tokens: sampled, at least.
       seed: of problems and noise.
     """
-    config = attnrl_graph.get_config()
+    config = attnrl_graph_trees.get_config()
     config.update_from_flattened_dict({**overrides, **_KEPT, "seed": seed})
     settings = build(config)
     mesh = make_mesh(settings.mesh)

@@ -15,6 +15,7 @@ from attnrl_jax.models.transformer import init_params
 from experiments.aot_table import read_results
 from experiments.configs import (
     attnrl_graph,
+    attnrl_graph_trees,
     attnrl_hf,
     qwen3_1p7b,
     r1_distill_qwen_1p5b,
@@ -40,7 +41,7 @@ SHAPES = {
 
 
 def test_all_are_known_here():
-    modules = (attnrl_graph, attnrl_hf, *PAPER)
+    modules = (attnrl_graph, attnrl_graph_trees, attnrl_hf, *PAPER)
     files = {path.name for path in CONFIGS.glob("*.py")} - {"__init__.py", "paper.py"}
     assert files == {Path(module.__file__).name for module in modules}
     for module in modules:
