@@ -214,7 +214,14 @@ THIRD = Protocol(
         "AttnRL, random steps": _RATES,
         "AttnRL, on-policy": _RATES,
     },
-    chosen={},
+    chosen={
+        "GRPO, 8 responses": 1.4e-4,
+        "GRPO, updates of 24 rows": 1.4e-4,
+        "TreeRL": 1e-4,
+        "AttnRL": 1.4e-4,
+        "AttnRL, random steps": 2e-4,
+        "AttnRL, on-policy": 1.4e-4,
+    },
     seeds=(*range(13, 23),),
     timed=False,
 )  # fmt: skip
