@@ -35,7 +35,7 @@ def get_config():
     config.branching.num_positions = 1
     config.branching.num_continuations = 1
     config.loss.kl_beta = 0.0
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 1.4e-4
     config.optimizer.warmup_updates = 5
     config.optimizer.b2 = 0.99
     config.sampler.slots = 96
