@@ -1,7 +1,7 @@
 """The wall clock of whole training steps, by stage, and how many tokens are sampled meanwhile.
 
-The shipped policy on its own task, by the settings of the default run, but at learning rate 0 and
-with as many problems in every step: so all steps, of both schedules, do about as much. Tokens
+The shipped policy on its own task, by the settings of `attnrl_graph_trees`, but at learning rate 0
+and with as many problems in every step: so all steps, of both schedules, do about as much. Tokens
 sampled per second compares the schedules at equal sampled tokens.
 """
 
@@ -116,7 +116,7 @@ def split_table(runs: Runs, steps: int) -> Table:
 
 
 def settings_of(schedule: str, changes: Mapping[str, object]) -> Settings:
-    """The default run's settings for this measurement."""
+    """The settings of `attnrl_graph_trees` for this measurement."""
     config = attnrl_graph_trees.get_config()
     config.update(dict(changes))
     config.schedule = schedule
@@ -126,7 +126,7 @@ def settings_of(schedule: str, changes: Mapping[str, object]) -> Settings:
 
 
 def part_default(context: Context, steps: int = STEPS, **changes: object) -> Part:
-    """The default run.
+    """The settings of `attnrl_graph_trees`.
 
     Args:
       context: of the benchmark.
@@ -146,7 +146,7 @@ def part_default(context: Context, steps: int = STEPS, **changes: object) -> Par
         contenders.append(_contender(name, setup, policy.params, steps))
     one, two = (contender.name for contender in contenders)
     return Part(
-        title="A training step of the default run, both schedules",
+        title="A training step with trees of up to 30 rows, both schedules",
         unit="sampled tokens/s",
         contenders=contenders,
         ratios=[Ratio(one, (two,))],

@@ -2,9 +2,9 @@
 
 Command:   python -m experiments.run --config=experiments/configs/attnrl_graph_trees.py
 Hardware:  2 CPU cores
-Time:      2 min 40 s to 2 min 53 s, compilation included
+Time:      1 min 50 s to 2 min 53 s, compilation included
 Result:    held-out accuracy 0.453 -> 0.881, 0.867, 0.845 (seeds 0, 1, 2; 1,024 problems, one
-           response each at temperature 1)
+           response each at temperature 1; the last two on an earlier version)
 
 It samples 400,000 tokens. The study (docs/study.md) and the benchmark of whole steps start from it.
 """

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.sweep --config=experiments/sweeps/learning_rate.py
 Hardware:  2 CPU cores
-Time:      not measured yet; one run takes 5 minutes
+Time:      not measured yet; one run takes 1 min 30 s
 Result:    not measured yet
 
 With a larger first argument of `random_search` the points that have run are kept.
