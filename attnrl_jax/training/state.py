@@ -95,9 +95,9 @@ class TrainConfig:
       permute_advantages: gives every problem's rows the advantages of another problem's, a
         control which must not learn.
       mini_batch_rows: rows per optimizer update, of whole problems.
-      mini_batch_split: `even` shares a step's rows out evenly, to as many updates as come closest
-        to `mini_batch_rows` each; `fill` fills one update after the other, and what is left makes
-        a small one, which moves the parameters as far.
+      mini_batch_split: `even` shares a step's rows out evenly, to rows / `mini_batch_rows` updates,
+        rounded; `fill` fills one update after the other, and what is left makes a small one, which
+        moves the parameters as far.
       max_not_finite: the run ends when so many updates in a row were skipped because something
         was not finite; 0 never ends it.
       packing: `tree` lays the tokens that rows share out once in the update, `rows` every row on

@@ -47,7 +47,7 @@ def mini_batches(
       problem: problem of each row.
       rows_per_batch: of a mini-batch, about (paper: 32 n).
       rng: for the order of problems.
-      split: `even` makes as many mini-batches as come closest to so many rows each, all of about
+      split: `even` makes as many mini-batches as so many rows go into all rows, rounded, of about
         the same size; `fill` closes one once it holds so many, and the last has what is left.
     """
     order = np.argsort(problem, kind="stable")

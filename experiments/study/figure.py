@@ -19,7 +19,7 @@ AXES: tuple[tuple[Axis, float, str], ...] = (
 # Lines of the curves; the others are in the last panel alone.
 SHOWN = (
     "GRPO", "GRPO, 8 responses", "TreeRL", "random steps", "AttnRL", "AttnRL, on-policy",
-    "GRPO, 16 responses", "AttnRL, random steps",
+    "GRPO, 16 responses", "AttnRL, random steps", "GRPO, updates of 24 rows",
 )  # fmt: skip
 # Told apart without colour as well.
 STYLES = (
@@ -31,6 +31,7 @@ STYLES = (
     {"color": "#56b4e9", "linestyle": (0, (5, 1)), "marker": "P"},
     {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
     {"color": "#cc79a7", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
+    {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
 )
 PLACES = 13
 

@@ -115,7 +115,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "AttnRL, on-policy": {**_ATTNRL, "schedule": "on_policy"},
 }
 
-# The default run samples 400,000 tokens, with updates of all rows of a step.
+# `attnrl_graph_trees` by itself samples 400,000 tokens, with updates of all rows of a step.
 FIRST = Protocol(
     folder="",
     budget=150_000,

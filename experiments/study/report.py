@@ -22,6 +22,7 @@ OURS = "AttnRL"
 GRPO = ("GRPO", "GRPO, 8 responses", "GRPO, 16 responses", "GRPO, updates of 24 rows")
 TREE = "TreeRL"
 ON_POLICY = "AttnRL, on-policy"
+RANDOM = "AttnRL, random steps"
 
 
 def write(results: Path, protocol: Protocol) -> str:
@@ -119,6 +120,10 @@ def _answers(methods: Mapping[str, Runs], protocol: Protocol) -> str:
             lines.append(f"- {OURS} reaches the final accuracy of {name} with {_reach(reached)}")
     if ON_POLICY in methods:
         two = methods[ON_POLICY]
+        for name in (grpo, TREE, RANDOM):
+            if name in methods:
+                over = _points(comparison.lead(two, methods[name]))
+                lines.append(f"- {ON_POLICY} less {name}, avg@8 at the end: {over} points")
         clock = ""
         if protocol.timed:
             seconds = comparison.seconds_ratio(ours, two)

@@ -90,7 +90,7 @@ def gradients(policy: Policy, overrides: Mapping[str, Any], tokens: int, seed: i
 
     Args:
       policy: whose gradients they are.
-      overrides: of the default configuration.
+      overrides: of the study's configuration.
       tokens: sampled, at least.
       seed: of problems and noise.
     """

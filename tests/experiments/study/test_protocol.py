@@ -97,6 +97,7 @@ def test_methods_differ_in_what_they_are_called_by_alone(runs, protocol):
             name.startswith("AttnRL") and name != "AttnRL, fixed batch"
         )
     assert settings["AttnRL, random steps"].branching.rule == "random"
+    assert ours.mini_batch_split == ("even" if protocol is THIRD else "fill")
     if protocol is FIRST:
         assert ours.rows_per_problem == settings["GRPO"].rows_per_problem == 30
         assert settings["AttnRL, left to right"].branching.order == "position"
@@ -111,10 +112,15 @@ def test_methods_differ_in_what_they_are_called_by_alone(runs, protocol):
         assert rows.pop("GRPO, 8 responses") == 48
         assert rows.pop("TreeRL") == 60
         assert {*rows.values()} == {24}
+        problems = {name: train.num_problems for name, train in settings.items()}
+        assert [problems.pop(name) for name in ("GRPO, 8 responses", "TreeRL")] == [15, 4]
+        assert {*problems.values()} == {6}
 
 
 def test_the_document_names_every_method(protocol):
+    headings = {"": "Protocol", "second": "The second comparison", "third": "The third comparison"}
     text = (ROOT / "docs" / "study.md").read_text()
+    text = text.split(f"\n## {headings[protocol.folder]}\n")[1].split("\n## ")[0]
     for name in protocol.methods:
         assert re.search(rf"^\| {re.escape(name)} \|", text, re.MULTILINE), name
     assert f"{protocol.budget:,} tokens" in text
