@@ -7,9 +7,9 @@ Result:    held-out accuracy 0.453 -> 0.881, 0.854, 0.862 (seeds 0, 1, 2; 1,024 
            response each at temperature 1)
 
 Responses are short (about 80 tokens in 4 to 14 steps), hence delta 1 and no least distance: at the
-paper's 4 and 512 no step would ever be eligible. Trees and updates are small, as docs/study.md
-found best: a problem has up to 8 rows, an update 24, at a learning rate that suits 0.3 million
-parameters.
+paper's 4 and 512 no step would ever be eligible. Trees and updates are small (a problem has up to 8
+rows, an update 24), at a learning rate that suits 0.3 million parameters: docs/study.md, third
+comparison.
 """
 
 from experiments.settings import default_config

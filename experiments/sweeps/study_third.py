@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.study compare --comparison=third
 Hardware:  2 CPU cores
-Time:      not measured yet
+Time:      33 minutes with the test, two processes at a time beside other work
 Result:    experiments/results/study/third/report.md
 """
 

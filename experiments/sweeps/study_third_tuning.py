@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.study tune --comparison=third
 Hardware:  2 CPU cores
-Time:      not measured yet
+Time:      18 minutes, two processes at a time beside other work
 Result:    experiments/results/study/third/report.md
 """
 
