@@ -20,6 +20,7 @@ def small(config, steps=3):
     config.branching.num_positions = 2
     config.branching.num_continuations = 2
     config.mini_batch_rows = 100000
+    config.optimizer.learning_rate = 3e-4
     config.eval_every = 2
     config.checkpoint_every = 1
     config.data.held_out_size = 16

@@ -121,7 +121,7 @@ def test_a_changed_sweep_does_not_skip_what_has_finished_before(tmp_path, capsys
     [run] = plan(load_sweep(path), tmp_path / "out")
     as_finished(run, [0.25, None, 0.75])
     sweep_file(tmp_path, [{"seed": 0}], {"steps": 2, "num_problems": 3})
-    with pytest.raises(SweepError, match="another run; num_problems: 24 there, 3 here"):
+    with pytest.raises(SweepError, match="another run; num_problems: 6 there, 3 here"):
         execute(capsys, config=path, workdir=tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
 
