@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -164,8 +164,8 @@ class TrainConfig:
             "overlap": ("none", "initial", "all"),
             "behaviour": ("scorer", "sampler"),
             "judge": ("full", "continuation"),
-            "advantage_norm": ("none", "problem_std"),
-            "mini_batch_split": ("even", "fill"),
+            "advantage_norm": get_args(AdvantageNorm),
+            "mini_batch_split": get_args(MiniBatchSplit),
             "packing": ("auto", "tree", "rows"),
         }
         for name, allowed in choices.items():

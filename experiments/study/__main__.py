@@ -6,7 +6,7 @@
     python -m experiments.study signal
     python -m experiments.study report
 
-There are three comparisons; `--comparison=third` asks for the third. `tune` runs every method at
+There are three comparisons; `--comparison=third` asks for the last. `tune` runs every method at
 every learning rate, `compare` every method at its own with all seeds, one run after the other;
 `attention` asks where attention points, `signal` how far gradients point uphill. Each goes on where
 it was stopped and skips what has its outcome in experiments/results/study already: `--results=DIR`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,23 +17,20 @@ AXES: tuple[tuple[Axis, float, str], ...] = (
     ("trained_tokens", 1.0, "trained_tokens"),
     ("seconds", 1 / 60, "minutes"),
 )
-# Lines of the curves; the others are in the last panel alone.
-SHOWN = (
-    "GRPO", "GRPO, 8 responses", "TreeRL", "random steps", "AttnRL", "AttnRL, on-policy",
-    "GRPO, 16 responses", "AttnRL, random steps", "GRPO, updates of 24 rows",
-)  # fmt: skip
-# Told apart without colour as well.
-STYLES = (
-    {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
-    {"color": "#4d4d4d", "linestyle": "--", "marker": "D"},
-    {"color": "#d55e00", "linestyle": "-.", "marker": "^"},
-    {"color": "#009e73", "linestyle": (0, (1, 1)), "marker": "v"},
-    {"color": "#0072b2", "linestyle": "-", "marker": "o"},
-    {"color": "#56b4e9", "linestyle": (0, (5, 1)), "marker": "P"},
-    {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
-    {"color": "#cc79a7", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
-    {"color": "#7f7f7f", "linestyle": ":", "marker": "s"},
-)
+# Lines of the curves, told apart without colour as well; the others are in the last panel alone.
+# A comparison has one of these, beside groups of 8.
+_OTHER_GRPO = {"color": "#7f7f7f", "linestyle": ":", "marker": "s"}
+STYLES: dict[str, dict[str, Any]] = {
+    "GRPO": _OTHER_GRPO,
+    "GRPO, 8 responses": {"color": "#4d4d4d", "linestyle": "--", "marker": "D"},
+    "TreeRL": {"color": "#d55e00", "linestyle": "-.", "marker": "^"},
+    "random steps": {"color": "#009e73", "linestyle": (0, (1, 1)), "marker": "v"},
+    "AttnRL": {"color": "#0072b2", "linestyle": "-", "marker": "o"},
+    "AttnRL, on-policy": {"color": "#56b4e9", "linestyle": (0, (5, 1)), "marker": "P"},
+    "AttnRL, random steps": {"color": "#cc79a7", "linestyle": (0, (3, 1, 1, 1)), "marker": "X"},
+    "GRPO, 16 responses": _OTHER_GRPO,
+    "GRPO, updates of 24 rows": _OTHER_GRPO,
+}
 PLACES = 13
 
 
@@ -53,13 +51,13 @@ def draw(path: Path, methods: Mapping[str, Runs], ours: str, timed: bool) -> Non
         figsize=(15, 4.2),
         gridspec_kw={"width_ratios": [*[1] * len(axes), 1.1]},
     )
-    shown = [name for name in SHOWN if name in methods]
+    shown = [name for name in STYLES if name in methods]
     legend = {}
     first_grpo = [name for name in shown if name.startswith("GRPO")][:1]
     for panel, (axis, scale, label) in zip(panels, axes, strict=False):
         for index, name in enumerate(shown):
             runs = methods[name]
-            style = {**STYLES[SHOWN.index(name)], "markersize": 4}
+            style = {**STYLES[name], "markersize": 4}
             begin = max(getattr(run.curve[0], axis) for run in runs.values())
             places = np.linspace(begin, comparison.last(runs, axis), PLACES)
             values = comparison.curves(runs, axis, places)

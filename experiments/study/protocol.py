@@ -190,30 +190,25 @@ SECOND = Protocol(
 
 _EVEN_GRPO = {"method": "grpo", **_SMALL, **_ON_POLICY}
 _EVEN_ATTNRL = {"method": "attnrl", "num_problems": 6, "mini_batch_rows": 24, **_SMALL}
+_EVEN: dict[str, dict[str, Any]] = {
+    "GRPO, 8 responses": {**_EVEN_GRPO, "num_problems": 15, "mini_batch_rows": 48},
+    "GRPO, updates of 24 rows": {**_EVEN_GRPO, "num_problems": 6, "mini_batch_rows": 24},
+    "TreeRL": {"method": "treerl", "num_problems": 4, "mini_batch_rows": 60, **_ON_POLICY},
+    "AttnRL": _EVEN_ATTNRL,
+    "AttnRL, random steps": {**_EVEN_ATTNRL, "branching.rule": "random"},
+    "AttnRL, on-policy": {**_EVEN_ATTNRL, "schedule": "on_policy"},
+}
 _RATES = (1e-4, 1.4e-4, 2e-4, 2.8e-4)
 # Mini-batches of the same size, each method's by itself, finer rates.
 THIRD = Protocol(
     folder="third",
     budget=100_000,
     common=_common(100_000, 3, mini_batch_split="even"),
-    methods={
-        "GRPO, 8 responses": {**_EVEN_GRPO, "num_problems": 15, "mini_batch_rows": 48},
-        "GRPO, updates of 24 rows": {**_EVEN_GRPO, "num_problems": 6, "mini_batch_rows": 24},
-        "TreeRL": {"method": "treerl", "num_problems": 4, "mini_batch_rows": 60, **_ON_POLICY},
-        "AttnRL": _EVEN_ATTNRL,
-        "AttnRL, random steps": {**_EVEN_ATTNRL, "branching.rule": "random"},
-        "AttnRL, on-policy": {**_EVEN_ATTNRL, "schedule": "on_policy"},
-    },
+    methods=_EVEN,
     rates=_RATES,
     further_rates={"TreeRL": (7e-5,)},
-    close_rates={
-        "GRPO, 8 responses": _RATES,
-        "GRPO, updates of 24 rows": _RATES,
-        "TreeRL": (7e-5, *_RATES),
-        "AttnRL": _RATES,
-        "AttnRL, random steps": _RATES,
-        "AttnRL, on-policy": _RATES,
-    },
+    # All of them.
+    close_rates={**dict.fromkeys(_EVEN, _RATES), "TreeRL": (7e-5, *_RATES)},
     chosen={
         "GRPO, 8 responses": 1.4e-4,
         "GRPO, updates of 24 rows": 1.4e-4,

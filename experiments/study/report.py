@@ -19,7 +19,6 @@ from experiments.study.signal import signal
 from experiments.tables import table
 
 OURS = "AttnRL"
-GRPO = ("GRPO", "GRPO, 8 responses", "GRPO, 16 responses", "GRPO, updates of 24 rows")
 TREE = "TreeRL"
 ON_POLICY = "AttnRL, on-policy"
 RANDOM = "AttnRL, random steps"
@@ -76,17 +75,20 @@ def _share(value: Estimate) -> str:
     return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"
 
 
+def _grpo(methods: Mapping[str, Runs]) -> list[str]:
+    return [name for name in methods if name.startswith("GRPO")]
+
+
 def best_grpo(methods: Mapping[str, Runs]) -> str:
     """The GRPO of the higher avg@8."""
-    there = [name for name in GRPO if name in methods]
-    return max(there, key=lambda name: comparison.correct(methods[name]).mean())
+    return max(_grpo(methods), key=lambda name: comparison.correct(methods[name]).mean())
 
 
 def _answers(methods: Mapping[str, Runs], protocol: Protocol) -> str:
     """What was asked first, each in a line."""
     ours, budget = methods[OURS], protocol.budget
     lines = [f"Runs of {len(ours)} seeds, {budget:,} sampled tokens each."]
-    grpo = best_grpo(methods) if any(name in methods for name in GRPO) else None
+    grpo = best_grpo(methods) if _grpo(methods) else None
     if grpo:
         lines.append(
             f"- {OURS} less {grpo}, avg@8 at the end: "
